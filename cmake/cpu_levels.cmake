@@ -1,0 +1,34 @@
+# SIMD levels: one object library per level from the same source, each with that level's flags. The
+# list is that of csrc/cpu/levels.h.
+
+# Products and sums are rounded one by one (no contraction to fused multiply-add), so that results
+# have the same bits at every level.
+set(COREAI_TORCH_KERNEL_FLAGS -ffp-contract=off -fno-math-errno)
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(COREAI_TORCH_LEVELS x86_64 x86_64_v3 x86_64_v4 x86_64_v4_bf16)
+  set(COREAI_TORCH_FLAGS_x86_64 -march=x86-64)
+  set(COREAI_TORCH_FLAGS_x86_64_v3 -march=x86-64-v3)
+  set(COREAI_TORCH_FLAGS_x86_64_v4 -march=x86-64-v4)
+  set(COREAI_TORCH_FLAGS_x86_64_v4_bf16 -march=x86-64-v4 -mavx512bf16)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+  set(COREAI_TORCH_LEVELS neon)
+else()
+  set(COREAI_TORCH_LEVELS portable)
+endif()
+
+# add_cpu_levels(target source...): compiles the sources once per level into target.
+function(add_cpu_levels target)
+  foreach(level IN LISTS COREAI_TORCH_LEVELS)
+    add_library(${target}_${level} OBJECT ${ARGN})
+    target_include_directories(${target}_${level} PRIVATE csrc csrc/include)
+    target_compile_definitions(${target}_${level} PRIVATE COREAI_TORCH_CPU_LEVEL=${level})
+    target_compile_options(${target}_${level} PRIVATE
+      ${COREAI_TORCH_KERNEL_FLAGS} ${COREAI_TORCH_FLAGS_${level}})
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND level MATCHES "v4")
+      # GCC's own AVX-512 header leaves lanes undefined on purpose and warns of it.
+      target_compile_options(${target}_${level} PRIVATE -Wno-uninitialized -Wno-maybe-uninitialized)
+    endif()
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${level}>)
+  endforeach()
+endfunction()

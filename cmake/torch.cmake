@@ -1,0 +1,15 @@
+# libtorch as an imported target, from the paths that setup.py asks torch for. find_package(Torch)
+# would refuse to work with a CUDA build of torch on a machine without the CUDA toolkit.
+foreach(variable TORCH_INCLUDE_DIRS TORCH_LIBRARY_DIRS TORCH_CXX11_ABI)
+  if(NOT DEFINED ${variable})
+    message(FATAL_ERROR
+      "${variable} is not set. Build the Python module with: pip install --no-build-isolation .")
+  endif()
+endforeach()
+
+add_library(coreai_torch_libtorch INTERFACE)
+target_include_directories(coreai_torch_libtorch SYSTEM INTERFACE ${TORCH_INCLUDE_DIRS})
+target_compile_definitions(coreai_torch_libtorch INTERFACE
+  _GLIBCXX_USE_CXX11_ABI=${TORCH_CXX11_ABI})
+target_link_directories(coreai_torch_libtorch INTERFACE ${TORCH_LIBRARY_DIRS})
+target_link_libraries(coreai_torch_libtorch INTERFACE torch_cpu c10)

@@ -1,0 +1,77 @@
+"""RMSNorm in plain PyTorch operations, for any device, and its argument checks.
+
+The order of operations and the places of rounding are those of the RMSNorm in Apple's
+`coreai-torch`, so that an exported model converts to the same program.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
+    """``input / sqrt(mean(input²) + eps) · scale`` over the last dimension.
+
+    See :func:`coreai_torch.ops.rms_norm` for shapes, dtypes and errors.
+    """
+    check_rms_norm(input, scale, eps)
+    wide = input if input.dtype == torch.float64 else input.float()
+    normalized = wide * wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    if scale.dtype == torch.float32 and input.dtype != torch.float32:
+        return (normalized * scale).to(input.dtype)
+    return normalized.to(input.dtype) * scale
+
+
+def output_dtype(input: torch.dtype, scale: torch.dtype) -> torch.dtype:
+    """The dtype of the output for the dtypes of input and scale."""
+    if scale in (input, torch.float32) or input == torch.float64:
+        return input
+    return torch.promote_types(input, scale)
+
+
+def check_rms_norm(input: Tensor, scale: Tensor, eps: float) -> None:
+    """Raise what the error contract says; csrc/torch/rms_norm.cpp has the same in C++."""
+    for name, tensor in (("input", input), ("scale", scale)):
+        if tensor.layout != torch.strided:
+            raise RuntimeError(
+                f"rms_norm: expected {name} to be a dense tensor, got layout {tensor.layout}; "
+                "convert it with .to_dense()"
+            )
+        if tensor.dtype not in DTYPES:
+            raise NotImplementedError(
+                f"rms_norm: expected {name} of dtype float64, float32, float16 or bfloat16, "
+                f"got {tensor.dtype}"
+            )
+    if input.dim() < 1:
+        raise RuntimeError(
+            "rms_norm: expected input with at least one dimension, got shape "
+            f"{list(input.shape)}"
+        )
+    if scale.dim() < 1 or scale.shape[-1] != input.shape[-1]:
+        raise RuntimeError(
+            f"rms_norm: expected scale with last dimension {input.shape[-1]} (the last dimension "
+            f"of input), got shape {list(scale.shape)}"
+        )
+    if scale.dim() > input.dim() or any(
+        ours not in (1, theirs)
+        for ours, theirs in zip(reversed(scale.shape), reversed(input.shape), strict=False)
+    ):
+        raise RuntimeError(
+            "rms_norm: expected scale that broadcasts to the shape of input, "
+            f"{list(input.shape)}, got shape {list(scale.shape)}"
+        )
+    if scale.device != input.device:
+        raise RuntimeError(
+            f"rms_norm: expected scale on the device of input, {input.device}, "
+            f"got {scale.device}; move one of them with .to()"
+        )
+    check_eps(eps)
+
+
+def check_eps(eps: float) -> None:
+    """Raise ValueError unless eps is a number that is zero or above."""
+    if not eps >= 0:
+        raise ValueError(f"rms_norm: expected eps >= 0, got {eps}")

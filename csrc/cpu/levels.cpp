@@ -1,0 +1,85 @@
+#include "cpu/levels.h"
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace coreai_torch {
+namespace {
+
+#define COREAI_TORCH_LEVEL_NAME(id, name) name,
+constexpr const char* kNames[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_LEVEL_NAME)};
+constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
+
+int find_level(const char* name) {
+  for (int level = 0; level < kCount; ++level) {
+    if (std::strcmp(kNames[level], name) == 0) return level;
+  }
+  return -1;
+}
+
+int best_level(int highest) {
+  while (!cpu_level_supported(highest)) --highest;
+  return highest;
+}
+
+// PyTorch's own switch caps the level, so that one variable lowers both libraries.
+int cap_of_aten_capability() {
+  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
+  if (capability == nullptr) return kCount - 1;
+  if (std::strcmp(capability, "default") == 0) return 0;
+  if (std::strcmp(capability, "avx2") == 0 && kCount > 1) return 1;
+  return kCount - 1;
+}
+
+int initial_level() {
+  const int automatic = best_level(cap_of_aten_capability());
+  const char* forced = std::getenv("COREAI_TORCH_CPU_LEVEL");
+  if (forced == nullptr || *forced == '\0') return automatic;
+  const int level = find_level(forced);
+  if (level >= 0 && cpu_level_supported(level)) return level;
+  std::fprintf(
+      stderr,
+      "coreai_torch: expected COREAI_TORCH_CPU_LEVEL to name a SIMD level that this processor runs, "
+      "got %s; using %s\n",
+      forced, kNames[automatic]);
+  return automatic;
+}
+
+std::atomic<int>& current_level() {
+  static std::atomic<int> level{initial_level()};
+  return level;
+}
+
+}  // namespace
+
+int cpu_level_count() { return kCount; }
+
+const char* cpu_level_name(int level) { return kNames[level]; }
+
+bool cpu_level_supported(int level) {
+#if defined(__x86_64__)
+  // The same words as the compile flags, so that test and flags cannot drift apart.
+  switch (level) {
+    case 1:
+      return __builtin_cpu_supports("x86-64-v3");
+    case 2:
+      return __builtin_cpu_supports("x86-64-v4");
+    case 3:
+      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return level == 0;
+}
+
+int cpu_level() { return current_level().load(std::memory_order_relaxed); }
+
+bool set_cpu_level(const char* name) {
+  const int level = name == nullptr ? best_level(cap_of_aten_capability()) : find_level(name);
+  if (level < 0 || !cpu_level_supported(level)) return false;
+  current_level().store(level, std::memory_order_relaxed);
+  return true;
+}
+
+}  // namespace coreai_torch

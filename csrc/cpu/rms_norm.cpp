@@ -1,0 +1,76 @@
+// Picks the kernel for the dtypes and the SIMD level, and spreads its work over threads.
+#include "coreai_torch/rms_norm.h"
+
+#include "cpu/levels.h"
+#include "cpu/rms_norm_kernels.h"
+#include "cpu/rms_norm_plan.h"
+
+namespace coreai_torch {
+
+#define COREAI_TORCH_DECLARE(id, name) extern const RmsNormKernels rms_norm_kernels_##id;
+COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_DECLARE)
+extern const RmsNormKernels rms_norm_kernels_float64;
+
+namespace {
+
+#define COREAI_TORCH_ADDRESS(id, name) &rms_norm_kernels_##id,
+constexpr const RmsNormKernels* kTables[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
+
+constexpr int64_t kGrainElements = 32768;  // at::internal::GRAIN_SIZE: worth waking a thread for
+
+const RmsNormKernels& kernels_for(DType input) {
+  return input == DType::kFloat64 ? rms_norm_kernels_float64 : *kTables[cpu_level()];
+}
+
+template <class Kernel, class Args>
+void run(
+    Kernel kernel, const Args& args, int64_t count, int64_t elements_each,
+    ParallelFor parallel_for) {
+  struct Context {
+    Kernel kernel;
+    const Args* args;
+  } context{kernel, &args};
+  const int64_t grain = elements_each < kGrainElements ? kGrainElements / elements_each : 1;
+  parallel_for(
+      0, count, grain,
+      [](int64_t begin, int64_t end, void* opaque) {
+        const Context* context = static_cast<const Context*>(opaque);
+        context->kernel(*context->args, begin, end);
+      },
+      &context);
+}
+
+}  // namespace
+
+DType rms_norm_output_dtype(DType input, DType scale) {
+  if (scale == input || scale == DType::kFloat32 || input == DType::kFloat64) return input;
+  return scale == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+void rms_norm_forward_cpu(const RmsNormForward& args, ParallelFor parallel_for) {
+  const RmsNormShape& shape = args.shape;
+  if (shape.rows == 0 || shape.dim == 0) return;
+  run(kernels_for(shape.input_dtype).forward[int(shape.input_dtype)][int(shape.scale_dtype)], args,
+      shape.rows, shape.dim, parallel_for);
+}
+
+int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
+  if (shape.rows == 0 || shape.dim == 0) return 0;
+  const int64_t element = shape.input_dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  return backward_plan(shape).tasks * shape.dim * element;
+}
+
+void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
+  const RmsNormShape& shape = args.shape;
+  if (shape.rows == 0 || shape.dim == 0) return;
+  const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
+  const BackwardPlan plan = backward_plan(shape);
+  run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, plan.tasks,
+      plan.chunk_rows * shape.dim, parallel_for);
+  if (args.grad_scale == nullptr) return;
+  const int64_t blocks_per_group = (shape.dim + kReduceColumns - 1) / kReduceColumns;
+  run(kernels.reduce[int(shape.scale_dtype)], args, shape.groups * blocks_per_group,
+      kReduceColumns * plan.chunks_per_group, parallel_for);
+}
+
+}  // namespace coreai_torch

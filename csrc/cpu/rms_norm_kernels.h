@@ -1,0 +1,26 @@
+// What the RMSNorm kernels of one SIMD level offer to rms_norm.cpp.
+#pragma once
+
+#include "coreai_torch/rms_norm.h"
+
+namespace coreai_torch {
+
+// Rows [begin, end) of the output.
+using RmsNormForwardKernel = void (*)(const RmsNormForward&, int64_t begin, int64_t end);
+// Tasks [begin, end) of backward_plan(): their rows of grad_input, and their sums of grad_scale in
+// their rows of the workspace.
+using RmsNormBackwardKernel = void (*)(const RmsNormBackward&, int64_t begin, int64_t end);
+// Column blocks [begin, end) of grad_scale, from the workspace.
+using RmsNormReduceKernel = void (*)(const RmsNormBackward&, int64_t begin, int64_t end);
+
+constexpr int kDTypes = 4;                 // values of DType
+constexpr int64_t kReduceColumns = 512;    // columns in a column block
+
+// Indexed by input dtype and scale dtype; null where another table has the pair.
+struct RmsNormKernels {
+  RmsNormForwardKernel forward[kDTypes][kDTypes];
+  RmsNormBackwardKernel backward[kDTypes][kDTypes];
+  RmsNormReduceKernel reduce[kDTypes];
+};
+
+}  // namespace coreai_torch

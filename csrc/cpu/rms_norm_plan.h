@@ -1,0 +1,40 @@
+// How backward divides its rows. Everything follows from the shape alone, never from the number of
+// threads, so that grad_scale has the same bits however the work is spread.
+#pragma once
+
+#include "coreai_torch/rms_norm.h"
+
+namespace coreai_torch {
+namespace {
+
+// grad_scale is summed over a block of rows in registers, over the blocks of a chunk in the chunk's
+// row of the workspace, and over the chunks of a scale row pairwise.
+struct BackwardPlan {
+  int64_t rows_per_group;    // rows that share a scale row
+  int64_t chunk_rows;        // a multiple of kBlockRows
+  int64_t chunks_per_group;
+  int64_t tasks;             // one for each chunk of each group
+};
+
+constexpr int64_t kBlockRows = 8;
+constexpr int64_t kMaxChunkRows = 128;         // keeps sums short, and the workspace below 1 %
+constexpr int64_t kMinChunkElements = 32768;   // worth a task of its own
+constexpr int64_t kChunksForThreads = 64;      // enough for every thread to get some
+
+inline BackwardPlan backward_plan(const RmsNormShape& shape) {
+  BackwardPlan plan;
+  plan.rows_per_group = shape.rows / shape.groups;
+  int64_t rows = kMinChunkElements / shape.dim;
+  if (rows < plan.rows_per_group / kChunksForThreads) {
+    rows = plan.rows_per_group / kChunksForThreads;
+  }
+  if (rows > kMaxChunkRows) rows = kMaxChunkRows;
+  plan.chunk_rows = (rows / kBlockRows + (rows % kBlockRows != 0)) * kBlockRows;
+  if (plan.chunk_rows == 0) plan.chunk_rows = kBlockRows;
+  plan.chunks_per_group = (plan.rows_per_group + plan.chunk_rows - 1) / plan.chunk_rows;
+  plan.tasks = plan.chunks_per_group * shape.groups;
+  return plan;
+}
+
+}  // namespace
+}  // namespace coreai_torch

@@ -1,0 +1,87 @@
+// SIMD for x86-64-v3 (AVX2 and F16C). See simd.h for what a level provides.
+#pragma once
+
+#include <immintrin.h>
+
+namespace coreai_torch {
+namespace {
+
+using Real = float;
+
+struct Pair {
+  static constexpr int kLanes = 16;
+  __m256 lo, hi;
+};
+
+constexpr int kForwardRows = 2;
+constexpr int kBackwardSumRows = 1;
+
+inline Pair splat(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+inline Pair operator+(Pair a, Pair b) {
+  return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
+}
+inline Pair operator-(Pair a, Pair b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+inline Pair operator*(Pair a, Pair b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline __m128i load_128(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
+
+inline Pair load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Pair load(const Float16* p) {
+  return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))};
+}
+inline __m256 from_bfloat16(__m128i v) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+}
+inline Pair load(const BFloat16* p) {
+  return {from_bfloat16(load_128(p)), from_bfloat16(load_128(p + 8))};
+}
+
+// The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
+// one). The lower half is rubbish.
+inline __m256i bfloat16_in_upper_half(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), is_nan));
+}
+
+inline void store(float* p, Pair v) {
+  _mm256_storeu_ps(p, v.lo);
+  _mm256_storeu_ps(p + 8, v.hi);
+}
+inline void store(Float16* p, Pair v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, Pair v) {
+  const __m256i lo = _mm256_srli_epi32(bfloat16_in_upper_half(v.lo), 16);
+  const __m256i hi = _mm256_srli_epi32(bfloat16_in_upper_half(v.hi), 16);
+  const __m256i packed = _mm256_packus_epi32(lo, hi);  // by 128-bit halves: 0 2 1 3
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+template <class T>
+Pair round_to(Pair v);
+template <>
+inline Pair round_to<Float16>(Pair v) {
+  return {_mm256_cvtph_ps(_mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
+          _mm256_cvtph_ps(_mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
+}
+template <>
+inline Pair round_to<BFloat16>(Pair v) {
+  const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
+  return {_mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.lo), upper)),
+          _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.hi), upper))};
+}
+
+}  // namespace
+}  // namespace coreai_torch

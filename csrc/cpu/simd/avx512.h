@@ -1,0 +1,108 @@
+// SIMD for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL), with AVX512-BF16 conversions where the level has
+// them. See simd.h for what a level provides.
+#pragma once
+
+#include <immintrin.h>
+
+namespace coreai_torch {
+namespace {
+
+using Real = float;
+
+struct Pair {
+  static constexpr int kLanes = 32;
+  __m512 lo, hi;
+};
+
+constexpr int kForwardRows = 4;
+constexpr int kBackwardSumRows = 2;
+
+inline Pair splat(float v) { return {_mm512_set1_ps(v), _mm512_set1_ps(v)}; }
+inline Pair operator+(Pair a, Pair b) {
+  return {_mm512_add_ps(a.lo, b.lo), _mm512_add_ps(a.hi, b.hi)};
+}
+inline Pair operator-(Pair a, Pair b) {
+  return {_mm512_sub_ps(a.lo, b.lo), _mm512_sub_ps(a.hi, b.hi)};
+}
+inline Pair operator*(Pair a, Pair b) {
+  return {_mm512_mul_ps(a.lo, b.lo), _mm512_mul_ps(a.hi, b.hi)};
+}
+
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+
+inline Pair load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
+inline Pair load(const Float16* p) {
+  return {_mm512_cvtph_ps(load_256(p)), _mm512_cvtph_ps(load_256(p + 16))};
+}
+inline __m512 from_bfloat16(__m256i v) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
+inline Pair load(const BFloat16* p) {
+  return {from_bfloat16(load_256(p)), from_bfloat16(load_256(p + 16))};
+}
+
+// The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
+// one). The lower half is rubbish.
+inline __m512i bfloat16_in_upper_half(__m512 v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+}
+
+// 32 bfloat16 numbers in the order of the pair's elements.
+inline __m512i to_bfloat16_by_bits(Pair v) {
+  const __m512i upper_halves = _mm512_set_epi16(
+      63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
+      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(
+      bfloat16_in_upper_half(v.lo), upper_halves, bfloat16_in_upper_half(v.hi));
+}
+
+inline __m512i to_bfloat16(Pair v) {
+#if defined(__AVX512BF16__)
+  // The instruction takes denormal numbers for zero, which no other level does.
+  constexpr int kDenormal = 0x20;
+  const __mmask16 lo = _mm512_fpclass_ps_mask(v.lo, kDenormal);
+  const __mmask16 hi = _mm512_fpclass_ps_mask(v.hi, kDenormal);
+  if (__builtin_expect(_kortestz_mask16_u8(lo, hi), 1)) {
+    return (__m512i)_mm512_cvtne2ps_pbh(v.hi, v.lo);
+  }
+#endif
+  return to_bfloat16_by_bits(v);
+}
+
+inline void store(float* p, Pair v) {
+  _mm512_storeu_ps(p, v.lo);
+  _mm512_storeu_ps(p + 16, v.hi);
+}
+inline void store(Float16* p, Pair v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(BFloat16* p, Pair v) { _mm512_storeu_si512(p, to_bfloat16(v)); }
+
+template <class T>
+Pair round_to(Pair v);
+template <>
+inline Pair round_to<Float16>(Pair v) {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
+          _mm512_cvtph_ps(_mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
+}
+template <>
+inline Pair round_to<BFloat16>(Pair v) {
+#if defined(__AVX512BF16__)
+  const __m512i packed = to_bfloat16(v);
+  return {from_bfloat16(_mm512_castsi512_si256(packed)),
+          from_bfloat16(_mm512_extracti64x4_epi64(packed, 1))};
+#else
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+  return {_mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.lo), upper)),
+          _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.hi), upper))};
+#endif
+}
+
+}  // namespace
+}  // namespace coreai_torch

@@ -1,0 +1,30 @@
+// The few vector operations that the row kernels need, at the SIMD level that this source file is
+// compiled for. Each level provides, all with internal linkage:
+//
+//   Real                       the type of arithmetic: float (double in float64.h)
+//   Pair                       a pair of native vectors, Pair::kLanes numbers of type Real in the
+//                              order of the elements in memory
+//   splat(Real) + - *          elementwise, each rounded on its own: never a fused multiply-add,
+//                              because the baseline has none and results have the same bits at
+//                              every level
+//   load(const T*) -> Pair     reads Pair::kLanes elements of type T, exact
+//   store(T*, Pair)            rounds to T (to nearest, ties to even) and writes them
+//   round_to<T>(Pair) -> Pair  rounds to T and back
+//   kForwardRows               rows normalised together, as many as the registers hold
+//   kBackwardSumRows           rows whose two sums are taken together in backward
+//
+// Files of a level see no header with external inline functions (no torch, no STL): the linker would
+// keep one copy for the whole library, maybe one that an older processor cannot run.
+#pragma once
+
+#include <stdint.h>
+
+#include "coreai_torch/dtype.h"
+
+#if defined(__AVX512F__)
+#include "cpu/simd/avx512.h"
+#elif defined(__AVX2__)
+#include "cpu/simd/avx2.h"
+#else
+#include "cpu/simd/portable.h"
+#endif

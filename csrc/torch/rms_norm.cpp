@@ -1,0 +1,204 @@
+#include "torch/rms_norm.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Formatting.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+namespace coreai_torch {
+namespace {
+
+bool is_floating(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
+}
+
+void check_floating(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      is_floating(tensor.scalar_type()), "rms_norm: expected ", name,
+      " of dtype float64, float32, float16 or bfloat16, got ", tensor.scalar_type());
+}
+
+void check_dense(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(
+      tensor.layout() == at::kStrided, "rms_norm: expected ", name,
+      " to be a dense tensor, got layout ", tensor.layout(), "; convert it with .to_dense()");
+}
+
+DType to_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    default:
+      return DType::kFloat64;
+  }
+}
+
+// Statistics are taken in float64 for float64 input and in float32 for every other.
+at::ScalarType statistics_type(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+}  // namespace
+
+void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps) {
+  check_dense("input", input);
+  check_dense("scale", scale);
+  check_floating("input", input);
+  check_floating("scale", scale);
+  TORCH_CHECK(
+      input.dim() >= 1, "rms_norm: expected input with at least one dimension, got shape ",
+      input.sizes());
+  TORCH_CHECK(
+      scale.dim() >= 1 && scale.size(-1) == input.size(-1),
+      "rms_norm: expected scale with last dimension ", input.size(-1),
+      " (the last dimension of input), got shape ", scale.sizes());
+  bool broadcasts = scale.dim() <= input.dim();
+  for (int64_t d = 1; broadcasts && d <= scale.dim(); ++d) {
+    broadcasts = scale.size(-d) == 1 || scale.size(-d) == input.size(-d);
+  }
+  TORCH_CHECK(
+      broadcasts, "rms_norm: expected scale that broadcasts to the shape of input, ", input.sizes(),
+      ", got shape ", scale.sizes());
+  TORCH_CHECK(
+      scale.device() == input.device(), "rms_norm: expected scale on the device of input, ",
+      input.device(), ", got ", scale.device(), "; move one of them with .to()");
+  TORCH_CHECK_VALUE(eps >= 0, "rms_norm: expected eps >= 0, got ", eps);
+}
+
+void check_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps) {
+  check_rms_norm(input, scale, eps);
+  check_dense("grad_output", grad_output);
+  TORCH_CHECK(
+      grad_output.sizes() == input.sizes(),
+      "rms_norm: expected grad_output with the shape of the output, ", input.sizes(),
+      ", got shape ", grad_output.sizes());
+  const at::ScalarType output_type =
+      rms_norm_output_type(input.scalar_type(), scale.scalar_type());
+  TORCH_CHECK(
+      grad_output.scalar_type() == output_type,
+      "rms_norm: expected grad_output of the output's dtype, ", output_type, ", got ",
+      grad_output.scalar_type());
+  TORCH_CHECK(
+      grad_output.device() == input.device(),
+      "rms_norm: expected grad_output on the device of input, ", input.device(), ", got ",
+      grad_output.device(), "; move one of them with .to()");
+}
+
+at::ScalarType rms_norm_output_type(at::ScalarType input, at::ScalarType scale) {
+  const bool keeps_input = scale == input || scale == at::kFloat || input == at::kDouble;
+  return keeps_input ? input : c10::promoteTypes(input, scale);
+}
+
+at::Tensor composite_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps) {
+  check_rms_norm(input, scale, eps);
+  const at::Tensor x = input.to(statistics_type(input));
+  const at::Tensor normalized = x * x.square().mean(-1, /*keepdim=*/true).add(eps).rsqrt();
+  if (scale.scalar_type() == at::kFloat && input.scalar_type() != at::kFloat) {
+    return (normalized * scale).to(input.scalar_type());
+  }
+  return normalized.to(input.scalar_type()) * scale;
+}
+
+std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    std::array<bool, 2> output_mask) {
+  check_rms_norm_backward(grad_output, input, scale, eps);
+  const at::ScalarType type = c10::promoteTypes(statistics_type(input), scale.scalar_type());
+  const at::Tensor x = input.to(type);
+  const at::Tensor rstd = x.square().mean(-1, /*keepdim=*/true).add(eps).rsqrt();
+  const at::Tensor normalized = x * rstd;
+  const at::Tensor grad = grad_output.to(type);
+  at::Tensor grad_input = at::empty({0}, input.options());
+  at::Tensor grad_scale = at::empty({0}, scale.options());
+  if (output_mask[0]) {
+    const at::Tensor scaled = grad * scale.to(type);
+    const at::Tensor mean_dot = (scaled * normalized).mean(-1, /*keepdim=*/true);
+    grad_input = ((scaled - normalized * mean_dot) * rstd).to(input.scalar_type());
+    // The strides that the kernels give; clone() because the product may have them already.
+    const at::Tensor layout = at::empty_like(input);
+    if (grad_input.strides() != layout.strides()) grad_input = layout.copy_(grad_input);
+  }
+  if (output_mask[1]) {
+    grad_scale = (grad * normalized).sum_to_size(scale.sizes()).to(scale.scalar_type());
+    grad_scale = grad_scale.contiguous();
+  }
+  return {grad_input, grad_scale};
+}
+
+bool describe_rms_norm(
+    const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape) {
+  // A float64 scale beside a lower input takes its statistics in float32 and its products in
+  // float64, which is no kernel's business.
+  if (scale.scalar_type() == at::kDouble && input.scalar_type() != at::kDouble) return false;
+  shape->input_dtype = to_dtype(input.scalar_type());
+  shape->scale_dtype = to_dtype(scale.scalar_type());
+  shape->dim = input.size(-1);
+  shape->eps = eps;
+  shape->rows = 1;
+  for (const int64_t size : input.sizes().slice(0, input.dim() - 1)) shape->rows *= size;
+  shape->groups = 1;
+  shape->inner = 1;
+  // From the last row dimension to the first: those where the scale is expanded make `inner`, then
+  // those that it spans make `groups`, and before them it must be expanded again.
+  bool closed = false;
+  for (int64_t d = 2; d <= input.dim(); ++d) {
+    const int64_t input_size = input.size(-d);
+    const int64_t scale_size = d <= scale.dim() ? scale.size(-d) : 1;
+    if (input_size == 1) continue;
+    if (scale_size == 1) {
+      if (shape->groups == 1) {
+        shape->inner *= input_size;
+      } else {
+        closed = true;
+      }
+    } else {
+      if (closed) return false;
+      shape->groups *= scale_size;
+    }
+  }
+  return true;
+}
+
+void describe_rows(
+    at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape) {
+  int ndim = 0;
+  for (size_t d = 0; d + 1 < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    bool joins = ndim > 0;  // can this dimension and the one before it be walked as one?
+    for (const RowOperand& operand : operands) {
+      joins = joins && operand.row_strides[ndim - 1] == operand.strides[d] * sizes[d];
+    }
+    if (joins) {
+      --ndim;
+      shape->row_sizes[ndim] *= sizes[d];
+    } else {
+      shape->row_sizes[ndim] = sizes[d];
+    }
+    for (const RowOperand& operand : operands) operand.row_strides[ndim] = operand.strides[d];
+    ++ndim;
+  }
+  if (ndim == 0) {
+    shape->row_sizes[0] = 1;
+    for (const RowOperand& operand : operands) operand.row_strides[0] = 0;
+    ndim = 1;
+  }
+  shape->row_ndim = ndim;
+}
+
+at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
+  if (tensor.size(-1) <= 1 || tensor.stride(-1) == 1) return tensor;
+  at::Tensor base = tensor;
+  for (int64_t d = 0; d < tensor.dim() - 1; ++d) {
+    if (tensor.stride(d) == 0 && tensor.size(d) > 1) base = base.narrow(d, 0, 1);
+  }
+  return base.contiguous().expand(tensor.sizes());
+}
+
+}  // namespace coreai_torch

@@ -1,0 +1,48 @@
+// What the files of this folder share about rms_norm: argument checks, the formula in ATen
+// operations, and the description of a call for the kernels.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+#include "coreai_torch/rms_norm.h"
+
+namespace coreai_torch {
+
+// Raise what the error contract says; coreai_torch/reference/rms_norm.py has the same in Python.
+void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps);
+void check_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps);
+
+// The dtype that the output has.
+at::ScalarType rms_norm_output_type(at::ScalarType input, at::ScalarType scale);
+
+// The same function and its gradient in differentiable ATen operations: for transforms that have to
+// see inside (functorch, forward-mode AD, double backward), for devices without a kernel, and for
+// scales that the kernels do not take.
+at::Tensor composite_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps);
+std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    std::array<bool, 2> output_mask);
+
+// Fills all of a shape but its row layout. Returns false where the kernels do not take the scale:
+// they take those where row r uses scale row (r / inner) % groups.
+bool describe_rms_norm(
+    const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape);
+
+// Fills the row layout of `shape` and the row strides of each operand, all of the same sizes, with
+// as few row dimensions as the strides allow.
+struct RowOperand {
+  at::IntArrayRef strides;
+  int64_t* row_strides;
+};
+void describe_rows(
+    at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape);
+
+// `tensor` itself where the elements of a row are adjacent in memory, else a copy in which they are
+// and in which expanded dimensions stay expanded.
+at::Tensor with_adjacent_rows(const at::Tensor& tensor);
+
+}  // namespace coreai_torch
