@@ -1,0 +1,483 @@
+"""Train a small language model on Python source code, and compare RMSNorm implementations.
+
+    python examples/train_lm.py --compare
+    python examples/train_lm.py --norm fused --dtype bfloat16 --steps 500 --out runs/bf16
+
+The model (lm_model.py) reads the standard library of the running Python byte by byte, so there is
+nothing to download. Three norms can be plugged into it:
+
+    fused      coreai_torch.composite_ops.RMSNorm
+    torch      torch.nn.RMSNorm
+    reference  coreai_torch.reference.rms_norm, plain PyTorch operations
+
+`--compare` trains with all three side by side, from the same weights and on the same batches. It
+ends with a table of speeds and losses, and with exit status 1 if the losses differ by more than
+rounding explains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import os
+import random
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lm_model import NORMS, LanguageModel
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+UNTIMED_STEPS = 3  # the first steps also pay for memory and one-time set-up in libraries
+VALIDATION_BATCHES = 8
+SHARE_STEPS = 5
+
+# How far a loss may be from the reference's at the first step. In float32 that is four units in
+# the last place of a loss between 4 and 8; in bfloat16, where activations carry 8 bits, one part
+# in 128. See `allowed_difference`.
+ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}
+
+
+def option(default: Any, description: str, **more: Any) -> Any:
+    """A dataclass field that is a command line option as well."""
+    return field(default=default, metadata={"help": f"{description} (%(default)s)", **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes the losses. A run is resumed under an equal Config only."""
+
+    dim: int = option(256, "width of the model")
+    n_layers: int = option(4, "number of transformer blocks")
+    n_heads: int = option(4, "attention heads per block")
+    seq_len: int = option(256, "bytes per sequence")
+    batch_size: int = option(12, "sequences per step")
+    steps: int = option(50, "training steps, over which the learning rate decays")
+    warmup: int = option(4, "steps over which the learning rate first rises")
+    lr: float = option(1e-3, "peak learning rate")
+    weight_decay: float = option(0.1, "AdamW weight decay of the matrices")
+    clip: float = option(1.0, "gradients are scaled down to this norm")
+    dtype: str = option(
+        "float32",
+        "bfloat16 keeps float32 parameters and computes under autocast",
+        choices=tuple(ROUNDING),
+    )
+    data_mb: float = option(4.0, "megabytes of source code to read")
+    seed: int = option(1337, "seed of the initial weights and the batches")
+
+
+class Batch(NamedTuple):
+    """Two (batch_size, seq_len) tensors; targets are the tokens one position later."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+@dataclass
+class Lane:
+    """One model in training and its history."""
+
+    norm: str
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def read_corpus(megabytes: float) -> tuple[Tensor, Tensor]:
+    """Training and validation bytes; every tenth file of the standard library is held out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    skipped |= {"encodings", "lib2to3", "pydoc_data", "turtledemo"}  # tables and data, not code
+    files = sorted(f for f in root.rglob("*.py") if skipped.isdisjoint(f.relative_to(root).parts))
+    random.Random(0).shuffle(files)  # the cap is to take from all packages, not from A to L
+    train, held_out = bytearray(), bytearray()
+    for i, file in enumerate(files):
+        if len(train) + len(held_out) >= megabytes * 1e6:
+            break
+        (held_out if i % 10 == 9 else train).extend(file.read_bytes())
+    if not held_out:
+        raise SystemExit(f"too little Python source in {root} or too small a --data-mb")
+    return torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8)
+
+
+def draw_batch(data: Tensor, cfg: Config, purpose: str, i: int, device: torch.device) -> Batch:
+    """Windows from random places, which follow from (seed, purpose, i) and nothing else.
+
+    So there is no generator whose position a checkpoint would have to keep: the step number says
+    which batch comes next.
+    """
+    rng = random.Random(f"{cfg.seed} {purpose} {i}")
+    starts = [rng.randrange(len(data) - cfg.seq_len) for _ in range(cfg.batch_size)]
+    windows = torch.stack([data[s : s + cfg.seq_len + 1] for s in starts]).to(device).long()
+    return Batch(windows[:, :-1], windows[:, 1:])
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def make_lane(norm: str, cfg: Config, device: torch.device) -> Lane:
+    """A fresh model and its optimizer. Equal seeds give equal weights, whichever the norm."""
+    torch.manual_seed(cfg.seed)
+    model = LanguageModel(
+        norm,
+        dim=cfg.dim,
+        n_layers=cfg.n_layers,
+        n_heads=cfg.n_heads,
+        seq_len=cfg.seq_len,
+        compute_dtype=getattr(torch, cfg.dtype),
+    ).to(device)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2]},
+        {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+    )
+    return Lane(norm, model, optimizer)
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """A linear rise, then a cosine down to a tenth of the peak."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def loss_of(model: LanguageModel, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats per byte."""
+    return F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten())
+
+
+def train_step(lane: Lane, batch: Batch, lr: float, clip: float) -> float:
+    """One update; returns the loss before it."""
+    for group in lane.optimizer.param_groups:
+        group["lr"] = lr
+    lane.optimizer.zero_grad()
+    loss = loss_of(lane.model, batch)
+    loss.backward()
+    nn.utils.clip_grad_norm_(lane.model.parameters(), clip)
+    lane.optimizer.step()
+    return loss.item()  # on a GPU this waits for the whole step, so callers can time the call
+
+
+def train(lanes: Sequence[Lane], data: Tensor, cfg: Config, args: argparse.Namespace) -> None:
+    """Takes all lanes from where they are to the last step.
+
+    Lanes take turns step by step, and the order rotates: a busy neighbour or a clock that slows
+    down with heat costs all of them the same.
+    """
+    first, last = len(lanes[0].losses), min(cfg.steps, args.stop_at or cfg.steps)
+    bar = tqdm(range(first, last), initial=first, total=cfg.steps, unit="step")
+    for step in bar:
+        batch = draw_batch(data, cfg, "train", step, args.device)
+        turn = step % len(lanes)
+        for lane in (*lanes[turn:], *lanes[:turn]):
+            start = time.perf_counter()
+            loss = train_step(lane, batch, learning_rate(step, cfg), cfg.clip)
+            lane.seconds.append(time.perf_counter() - start)
+            lane.losses.append(loss)
+        rate = batch.tokens.numel() / lanes[0].seconds[-1]
+        bar.set_postfix_str(f"loss {lanes[0].losses[-1]:.3f}, {rate:,.0f} tokens/s")
+        if (step + 1) % args.save_every == 0 or step + 1 == last:
+            save_checkpoint(lanes, cfg, args.out)
+
+
+@torch.no_grad()
+def validation_loss(lane: Lane, data: Tensor, cfg: Config, device: torch.device) -> float:
+    """Mean loss over a few batches of the held-out files, the same ones every time."""
+    batches = [draw_batch(data, cfg, "validate", i, device) for i in range(VALIDATION_BATCHES)]
+    return statistics.fmean(loss_of(lane.model, batch).item() for batch in batches)
+
+
+def save_checkpoint(lanes: Sequence[Lane], cfg: Config, out: Path) -> None:
+    """Writes what a continued run needs, and the curves so far."""
+    states = [
+        {
+            "model": lane.model.state_dict(),
+            "optimizer": lane.optimizer.state_dict(),
+            "losses": lane.losses,
+            "seconds": lane.seconds,
+        }
+        for lane in lanes
+    ]
+    unfinished = out / "checkpoint.tmp"
+    torch.save({"config": asdict(cfg), "lanes": states}, unfinished)
+    os.replace(unfinished, out / "checkpoint.pt")  # at once: an interruption spoils neither file
+    write_csv(lanes, cfg, out / "loss.csv")
+
+
+def load_checkpoint(lanes: Sequence[Lane], cfg: Config, out: Path, device: torch.device) -> None:
+    """Puts the lanes where the checkpoint's were.
+
+    They are matched by position, not by the norm's name: a run may go on with another norm.
+    """
+    path = out / "checkpoint.pt"
+    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    if checkpoint["config"] != asdict(cfg) or len(checkpoint["lanes"]) != len(lanes):
+        raise SystemExit(f"{path} is of a run with other options")
+    for lane, state in zip(lanes, checkpoint["lanes"], strict=True):
+        lane.model.load_state_dict(state["model"])
+        lane.optimizer.load_state_dict(state["optimizer"])
+        lane.losses, lane.seconds = state["losses"], state["seconds"]
+
+
+# --- measurements ----------------------------------------------------------------------------
+
+
+class Clock:
+    """Collects points in time: the host's on a CPU, the stream's on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self, *_: object) -> None:
+        """Adds a point. It takes any arguments, so that it can serve as any kind of hook."""
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> float:
+        """The time from the first mark to the second, plus third to fourth, and so on."""
+        pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            return sum(start.elapsed_time(end) for start, end in pairs) / 1e3
+        return sum(end - start for start, end in pairs)
+
+
+def norm_share(lane: Lane, batch: Batch, cfg: Config) -> float:
+    """The share of one training step that passes inside its norms, forward and backward.
+
+    Hooks mark the time before and after each norm in both directions. Why that is sound:
+
+    * It times the norms of a real step, with the caches and the memory as the step leaves them,
+      where a benchmark of the norm alone would find its input in cache. Both times of the
+      quotient are of the same step.
+    * A norm's backward is one uninterrupted interval, its weight gradient included. Of the nodes
+      that are ready, autograd runs the one created last, and a weight's accumulation before all
+      others. The norm's nodes were created in a row, between the nodes of its two backward hooks;
+      all later ones are done when it starts, all earlier ones have to wait.
+    * On a CPU an operation is over when its call returns. On a GPU the marks are events in the
+      stream, in order with the kernels, and nothing waits that does not wait in other steps.
+
+    Counted with the norm are a few Python calls of the hooks themselves, alike for every norm.
+    """
+    whole, inside = Clock(batch.tokens.device), Clock(batch.tokens.device)
+    hooks = []
+    for norm in lane.model.norms():
+        hooks += [
+            norm.register_forward_pre_hook(inside.mark),
+            norm.register_forward_hook(inside.mark),
+            norm.register_full_backward_pre_hook(inside.mark),
+            norm.register_full_backward_hook(inside.mark),
+        ]
+    whole.mark()
+    train_step(lane, batch, learning_rate(cfg.steps, cfg), cfg.clip)
+    whole.mark()
+    for hook in hooks:
+        hook.remove()
+    return inside.seconds() / whole.seconds()
+
+
+def norm_shares(
+    lanes: Sequence[Lane], data: Tensor, cfg: Config, device: torch.device
+) -> list[float]:
+    """Each lane's `norm_share`, the median of several steps. They come after all that is saved."""
+    batches = [draw_batch(data, cfg, "share", i, device) for i in range(SHARE_STEPS)]
+    shares = [[norm_share(lane, batch, cfg) for lane in lanes] for batch in batches]
+    return [statistics.median(column) for column in zip(*shares, strict=True)]
+
+
+def allowed_difference(step: int, cfg: Config) -> float:
+    """How far two losses may drift apart by `step` if only their rounding differs.
+
+    Every step adds rounding of its own, hence the linear term. Training also amplifies what is
+    there: two runs that differ in the last bit separate exponentially, slowly at first. Doubling
+    every 100 steps covers what a change of all initial weights by one unit in the last place does
+    to this model at its default learning rate and at twice that: over several seeds and up to 400
+    steps its losses stayed below half of this bound. Errors are larger early on, before anything
+    is amplified: a gradient of the norm that is off by 1 % exceeds it within three steps.
+    """
+    return ROUNDING[cfg.dtype] * (1 + step) * 2 ** (step / 100)
+
+
+def differences(lane: Lane, reference: Lane) -> list[float]:
+    """|loss - reference loss| at each step."""
+    return [abs(a - b) for a, b in zip(lane.losses, reference.losses, strict=True)]
+
+
+def disagreement(lane: Lane, reference: Lane, cfg: Config) -> str | None:
+    """The first step at which rounding does not explain the difference, in words."""
+    for step, difference in enumerate(differences(lane, reference)):
+        allowed = allowed_difference(step, cfg)
+        if not difference <= allowed:  # also true of NaN
+            return (
+                f"{lane.norm}: the loss of step {step} is {difference:.1e} from the reference's, "
+                f"rounding explains {allowed:.1e}"
+            )
+    return None
+
+
+# --- output ----------------------------------------------------------------------------------
+
+
+def write_csv(lanes: Sequence[Lane], cfg: Config, path: Path) -> None:
+    """Columns step, loss, lr, seconds; with several lanes a loss and seconds column for each."""
+    suffixes = [f"_{lane.norm}" for lane in lanes] if len(lanes) > 1 else [""]
+    losses, seconds = ([f"{name}{s}" for s in suffixes] for name in ("loss", "seconds"))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *losses, "lr", *seconds])
+        for step in range(len(lanes[0].losses)):
+            writer.writerow(
+                [
+                    step,
+                    *(lane.losses[step] for lane in lanes),
+                    learning_rate(step, cfg),
+                    *(lane.seconds[step] for lane in lanes),
+                ]
+            )
+
+
+def draw_curves(lanes: Sequence[Lane], cfg: Config, path: Path) -> None:
+    """The loss curves and, with several lanes, their distances from the reference."""
+    comparing = len(lanes) > 1
+    figure = Figure(figsize=(8, 7 if comparing else 4), layout="constrained")
+    axes = figure.subplots(2 if comparing else 1, sharex=True, squeeze=False)[:, 0]
+    for i, lane in enumerate(lanes):
+        width = 2.0 * (len(lanes) - i)  # curves that lie on each other stay visible
+        axes[0].plot(lane.losses, label=lane.norm, linewidth=width)
+    axes[0].set(ylabel="training loss (nats per byte)", title=f"dim {cfg.dim}, {cfg.dtype}")
+    axes[0].legend()
+    if comparing:
+        for lane in lanes[:-1]:
+            axes[1].plot(differences(lane, lanes[-1]), ".", label=lane.norm)
+        bound = [allowed_difference(step, cfg) for step in range(len(lanes[0].losses))]
+        axes[1].plot(bound, "k--", label="explained by rounding")
+        axes[1].set(ylabel="distance from reference", yscale="log")
+        axes[1].legend()
+    axes[-1].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
+def format_table(columns: dict[str, list[str]]) -> str:
+    """Aligned text: the first column to the left, the others to the right."""
+    widths = [max(map(len, (head, *cells))) for head, cells in columns.items()]
+    rows = [tuple(columns), tuple("-" * w for w in widths), *zip(*columns.values(), strict=True)]
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
+
+
+def report(lanes: Sequence[Lane], validation: list[float], shares: list[float], cfg: Config) -> str:
+    """The table of results. Speeds are those of the median step."""
+    seconds = [lane.seconds[UNTIMED_STEPS:] or lane.seconds for lane in lanes]
+    tokens = cfg.batch_size * cfg.seq_len
+    columns = {
+        "norm": [lane.norm for lane in lanes],
+        "tokens/s": [f"{tokens / statistics.median(s):,.0f}" for s in seconds],
+        "share of step in norms": [f"{share:.1%}" for share in shares],
+        "final loss": [f"{lane.losses[-1]:.4f}" for lane in lanes],
+        "validation loss": [f"{loss:.4f}" for loss in validation],
+    }
+    if len(lanes) > 1:
+        # Steps of the same number ran within a second or so of each other, so the median of
+        # their quotients is steadier than the quotient of two medians.
+        baseline = seconds[[lane.norm for lane in lanes].index("torch")]
+        quotients = [[b / t for b, t in zip(baseline, s, strict=True)] for s in seconds]
+        columns["vs nn.RMSNorm"] = [f"{statistics.median(q):.3f} x" for q in quotients]
+        largest = [max(differences(lane, lanes[-1])) for lane in lanes[:-1]]
+        columns["largest difference to reference"] = [*(f"{d:.1e}" for d in largest), "-"]
+    return format_table(columns)
+
+
+def verdict(lanes: Sequence[Lane], cfg: Config) -> bool:
+    """Says whether all lanes agree with the last one, the reference."""
+    found = [disagreement(lane, lanes[-1], cfg) for lane in lanes[:-1]]
+    problems = [problem for problem in found if problem]
+    if problems:
+        print("The losses do not agree.", *problems, sep="\n")
+    else:
+        print(
+            f"The losses agree within {cfg.dtype} rounding at each of {len(lanes[0].losses)} steps."
+        )
+    return not problems
+
+
+# --- command line ----------------------------------------------------------------------------
+
+
+def parse_arguments() -> tuple[argparse.Namespace, Config]:
+    """The options of this run, and those that shape its losses."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--norm", choices=tuple(NORMS), default="fused", help="norm to train with")
+    what.add_argument("--compare", action="store_true", help="train with all norms, side by side")
+    parser.add_argument(
+        "--device",
+        type=torch.device,
+        default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        help="cpu or cuda (%(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/lm"), help="folder for the results (%(default)s)"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=25, help="steps between checkpoints (%(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--stop-at", type=int, metavar="STEP", help="stop early, for --resume to go on later"
+    )
+    for f in fields(Config):
+        name = "--" + f.name.replace("_", "-")
+        parser.add_argument(name, type=type(f.default), default=f.default, **f.metadata)
+    args = parser.parse_args()
+    if args.dim % (2 * args.n_heads):
+        parser.error("--dim has to be a multiple of twice --n-heads: RoPE turns pairs of channels")
+    return args, Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+
+
+def main() -> int:
+    """Trains, measures, reports; the exit status is 1 if losses that should agree do not."""
+    args, cfg = parse_arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data, held_out = read_corpus(cfg.data_mb)
+    norms = tuple(NORMS) if args.compare else (args.norm,)
+    lanes = [make_lane(norm, cfg, args.device) for norm in norms]
+    if args.resume:
+        load_checkpoint(lanes, cfg, args.out, args.device)
+
+    train(lanes, data, cfg, args)
+    draw_curves(lanes, cfg, args.out / "loss.png")
+    validation = [validation_loss(lane, held_out, cfg, args.device) for lane in lanes]
+    shares = norm_shares(lanes, data, cfg, args.device)
+    print(report(lanes, validation, shares, cfg))
+    print(f"Curves and checkpoint are in {args.out}.")
+    return 0 if len(lanes) == 1 or verdict(lanes, cfg) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
