@@ -1,7 +1,7 @@
 """Thin driver: environment -> CMake options -> Ninja. Sources and flags are in CMakeLists.txt.
 
-Environment variables: MAX_JOBS (parallel compilations), DEBUG=1 (debug build), CMAKE_ARGS (passed on
-to CMake).
+Environment variables: MAX_JOBS (parallel compilations), DEBUG=1 (debug build), CMAKE_ARGS (for
+CMake).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+TORCH_RECORD = "_build_torch_version"  # read by coreai_torch/_load.py where loading fails
 
 
 def require_build_tools() -> None:
@@ -71,9 +72,16 @@ class CMakeBuild(build_ext):
         print(f"coreai_torch: torch {torch.__version__}, {options['CMAKE_BUILD_TYPE']} build, CPU")
         print("coreai_torch: cmake", *arguments, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.check_call(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments])
+        subprocess.check_call(
+            ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments]
+        )
         subprocess.check_call(["ninja", "-C", str(folder), "-j", parallel_jobs(), "_C"])
-        target.joinpath("_build_torch_version").write_text(torch.__version__)
+        target.joinpath(TORCH_RECORD).write_text(torch.__version__)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built = Path(self.get_ext_fullpath("coreai_torch._C")).resolve().parent / TORCH_RECORD
+        shutil.copy(Path(self.build_lib, "coreai_torch", TORCH_RECORD), built)
 
 
 setup(

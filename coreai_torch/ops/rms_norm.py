@@ -8,6 +8,8 @@ directly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ from .. import _load as _load
 from .. import reference
 from ..reference.rms_norm import check_rms_norm, output_dtype
 
-_public_op = torch.ops.coreai_torch.rms_norm.default
-_fused_op = torch.ops.coreai_torch.fused_rms_norm.default
+_Op = Callable[[Tensor, Tensor, float], Tensor]
+_public_op: _Op = torch.ops.coreai_torch.rms_norm.default
+_fused_op: _Op = torch.ops.coreai_torch.fused_rms_norm.default
 
 
 def rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:

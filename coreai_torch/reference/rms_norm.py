@@ -47,8 +47,7 @@ def check_rms_norm(input: Tensor, scale: Tensor, eps: float) -> None:
             )
     if input.dim() < 1:
         raise RuntimeError(
-            "rms_norm: expected input with at least one dimension, got shape "
-            f"{list(input.shape)}"
+            f"rms_norm: expected input with at least one dimension, got shape {list(input.shape)}"
         )
     if scale.dim() < 1 or scale.shape[-1] != input.shape[-1]:
         raise RuntimeError(

@@ -41,7 +41,8 @@ int initial_level() {
   if (level >= 0 && cpu_level_supported(level)) return level;
   std::fprintf(
       stderr,
-      "coreai_torch: expected COREAI_TORCH_CPU_LEVEL to name a SIMD level that this processor runs, "
+      "coreai_torch: expected COREAI_TORCH_CPU_LEVEL to name a SIMD level that this processor "
+      "runs, "
       "got %s; using %s\n",
       forced, kNames[automatic]);
   return automatic;

@@ -22,6 +22,13 @@ const RmsNormKernels& kernels_for(DType input) {
   return input == DType::kFloat64 ? rms_norm_kernels_float64 : *kTables[cpu_level()];
 }
 
+// The sum over no rows. Zero has the same bytes in every dtype.
+void set_to_zero(void* grad_scale, const RmsNormShape& shape) {
+  constexpr int64_t kSizes[kDTypes] = {4, 2, 2, 8};
+  const int64_t bytes = shape.groups * shape.dim * kSizes[int(shape.scale_dtype)];
+  for (int64_t i = 0; i < bytes; ++i) static_cast<char*>(grad_scale)[i] = 0;
+}
+
 template <class Kernel, class Args>
 void run(
     Kernel kernel, const Args& args, int64_t count, int64_t elements_each,
@@ -62,7 +69,11 @@ int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
 
 void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
   const RmsNormShape& shape = args.shape;
-  if (shape.rows == 0 || shape.dim == 0) return;
+  if (shape.dim == 0) return;
+  if (shape.rows == 0) {
+    if (args.grad_scale != nullptr) set_to_zero(args.grad_scale, shape);
+    return;
+  }
   const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
   const BackwardPlan plan = backward_plan(shape);
   run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, plan.tasks,

@@ -13,8 +13,8 @@ using RmsNormBackwardKernel = void (*)(const RmsNormBackward&, int64_t begin, in
 // Column blocks [begin, end) of grad_scale, from the workspace.
 using RmsNormReduceKernel = void (*)(const RmsNormBackward&, int64_t begin, int64_t end);
 
-constexpr int kDTypes = 4;                 // values of DType
-constexpr int64_t kReduceColumns = 512;    // columns in a column block
+constexpr int kDTypes = 4;               // values of DType
+constexpr int64_t kReduceColumns = 512;  // columns in a column block
 
 // Indexed by input dtype and scale dtype; null where another table has the pair.
 struct RmsNormKernels {

@@ -16,12 +16,14 @@ const RmsNormKernels COREAI_TORCH_TABLE = {
     {
         {forward<float, float>, forward<float, Float16>, forward<float, BFloat16>, nullptr},
         {forward<Float16, float>, forward<Float16, Float16>, forward<Float16, BFloat16>, nullptr},
-        {forward<BFloat16, float>, forward<BFloat16, Float16>, forward<BFloat16, BFloat16>, nullptr},
+        {forward<BFloat16, float>, forward<BFloat16, Float16>, forward<BFloat16, BFloat16>,
+         nullptr},
         {},
     },
     {
         {backward<float, float>, backward<float, Float16>, backward<float, BFloat16>, nullptr},
-        {backward<Float16, float>, backward<Float16, Float16>, backward<Float16, BFloat16>, nullptr},
+        {backward<Float16, float>, backward<Float16, Float16>, backward<Float16, BFloat16>,
+         nullptr},
         {backward<BFloat16, float>, backward<BFloat16, Float16>, backward<BFloat16, BFloat16>,
          nullptr},
         {},

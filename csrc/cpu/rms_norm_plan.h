@@ -10,16 +10,16 @@ namespace {
 // grad_scale is summed over a block of rows in registers, over the blocks of a chunk in the chunk's
 // row of the workspace, and over the chunks of a scale row pairwise.
 struct BackwardPlan {
-  int64_t rows_per_group;    // rows that share a scale row
-  int64_t chunk_rows;        // a multiple of kBlockRows
+  int64_t rows_per_group;  // rows that share a scale row
+  int64_t chunk_rows;      // a multiple of kBlockRows
   int64_t chunks_per_group;
-  int64_t tasks;             // one for each chunk of each group
+  int64_t tasks;  // one for each chunk of each group
 };
 
 constexpr int64_t kBlockRows = 8;
-constexpr int64_t kMaxChunkRows = 128;         // keeps sums short, and the workspace below 1 %
-constexpr int64_t kMinChunkElements = 32768;   // worth a task of its own
-constexpr int64_t kChunksForThreads = 64;      // enough for every thread to get some
+constexpr int64_t kMaxChunkRows = 128;        // keeps sums short, and the workspace below 1 %
+constexpr int64_t kMinChunkElements = 32768;  // worth a task of its own
+constexpr int64_t kChunksForThreads = 64;     // enough for every thread to get some
 
 inline BackwardPlan backward_plan(const RmsNormShape& shape) {
   BackwardPlan plan;

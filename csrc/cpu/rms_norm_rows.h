@@ -23,7 +23,8 @@ struct Conditional<false, A, B> {
   using type = B;
 };
 
-// The dtype rule of coreai_torch/rms_norm.h. `float` stands for every type that is not 16 bits wide.
+// The dtype rule of coreai_torch/rms_norm.h. `float` stands for every type that is not 16 bits
+// wide.
 template <class Input, class Scale>
 struct DTypeRule {
   static constexpr bool kNarrowInput = sizeof(Input) == 2;
@@ -124,7 +125,8 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
   };
   int64_t row = begin;
   while (row < end) {
-    const int64_t run = row / shape.inner;  // rows [run * inner, (run + 1) * inner) share a scale row
+    const int64_t run =
+        row / shape.inner;  // rows [run * inner, (run + 1) * inner) share a scale row
     const Scale* scale = (const Scale*)args.scale + run % shape.groups * shape.dim;
     const int64_t run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
     for (; row + kForwardRows <= run_end; row += kForwardRows) {
@@ -248,8 +250,7 @@ void backward_tasks(const RmsNormBackward& args, int64_t begin, int64_t end) {
         backward_block<kBlockRows, kGradInput, kGradScale>(
             shape, scale, rows, block, grad_scale, done == 0);
       } else {
-        backward_block<0, kGradInput, kGradScale>(
-            shape, scale, rows, block, grad_scale, done == 0);
+        backward_block<0, kGradInput, kGradScale>(shape, scale, rows, block, grad_scale, done == 0);
       }
     }
   }

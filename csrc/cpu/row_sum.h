@@ -1,6 +1,6 @@
-// Sums over a row in the order of ATen's sum over the last dimension on the CPU, so that the mean of
-// squares has the same bits as the eager reference's. The order is defined on virtual lanes and is
-// therefore the same at every SIMD level:
+// Sums over a row in the order of ATen's sum over the last dimension on the CPU, so that the mean
+// of squares has the same bits as the eager reference's. The order is defined on virtual lanes and
+// is therefore the same at every SIMD level:
 //
 //   * A vector is 32 bytes of Real (8 floats). Vector v of the row belongs to accumulator v % 4, as
 //     long as four vectors (a step) are left; every lane of an accumulator is summed on its own.

@@ -3,7 +3,8 @@
 
 TORCH_LIBRARY(coreai_torch, m) {
   // Public. Its one kernel is CompositeImplicitAutograd and is registered from Python
-  // (coreai_torch/ops/rms_norm.py): plain ATen operations while exporting, fused_rms_norm otherwise.
+  // (coreai_torch/ops/rms_norm.py): plain ATen operations while exporting, fused_rms_norm
+  // otherwise.
   m.def("rms_norm(Tensor input, Tensor scale, float eps=1e-05) -> Tensor");
 
   // Private. The strides of the output and of grad_input are those of torch.empty_like(input).

@@ -79,8 +79,7 @@ void check_rms_norm_backward(
       grad_output.sizes() == input.sizes(),
       "rms_norm: expected grad_output with the shape of the output, ", input.sizes(),
       ", got shape ", grad_output.sizes());
-  const at::ScalarType output_type =
-      rms_norm_output_type(input.scalar_type(), scale.scalar_type());
+  const at::ScalarType output_type = rms_norm_output_type(input.scalar_type(), scale.scalar_type());
   TORCH_CHECK(
       grad_output.scalar_type() == output_type,
       "rms_norm: expected grad_output of the output's dtype, ", output_type, ", got ",

@@ -79,7 +79,8 @@ at::Tensor fused_rms_norm_autograd(const at::Tensor& input, const at::Tensor& sc
 std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward_autograd(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask) {
-  const bool differentiated = at::GradMode::is_enabled() &&
+  const bool differentiated =
+      at::GradMode::is_enabled() &&
       (grad_output.requires_grad() || input.requires_grad() || scale.requires_grad());
   if (differentiated || has_tangent(grad_output) || has_tangent(input) || has_tangent(scale) ||
       in_functorch_transform()) {

@@ -9,8 +9,8 @@
 namespace coreai_torch {
 namespace {
 
-// In libtorch's own thread pool, through its C interface: at::parallel_for is a header-only template
-// that turns serial without a word where this file is not compiled with OpenMP.
+// In libtorch's own thread pool, through its C interface: at::parallel_for is a header-only
+// template that turns serial without a word where this file is not compiled with OpenMP.
 void torch_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {
   TORCH_CHECK(torch_parallel_for(begin, end, grain, body, context) == 0, "rms_norm: failed");
 }
@@ -67,7 +67,6 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward_cpu(
   at::Tensor grad_scale, workspace;
   if (output_mask[1]) {
     grad_scale = at::empty(scale.sizes(), scale.options());
-    if (args.shape.rows == 0) grad_scale.zero_();
     workspace =
         at::empty({rms_norm_backward_workspace_cpu(args.shape)}, input.options().dtype(at::kByte));
     args.workspace = workspace.mutable_data_ptr();

@@ -46,8 +46,7 @@ inline Pair load(const BFloat16* p) {
 inline __m256i bfloat16_in_upper_half(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
   return _mm256_castps_si256(
@@ -73,14 +72,16 @@ template <class T>
 Pair round_to(Pair v);
 template <>
 inline Pair round_to<Float16>(Pair v) {
-  return {_mm256_cvtph_ps(_mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
-          _mm256_cvtph_ps(_mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
+  return {
+      _mm256_cvtph_ps(_mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
+      _mm256_cvtph_ps(_mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
 }
 template <>
 inline Pair round_to<BFloat16>(Pair v) {
   const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
-  return {_mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.lo), upper)),
-          _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.hi), upper))};
+  return {
+      _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.lo), upper)),
+      _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.hi), upper))};
 }
 
 }  // namespace

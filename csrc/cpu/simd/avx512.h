@@ -46,8 +46,7 @@ inline Pair load(const BFloat16* p) {
 inline __m512i bfloat16_in_upper_half(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
 }
@@ -88,19 +87,22 @@ template <class T>
 Pair round_to(Pair v);
 template <>
 inline Pair round_to<Float16>(Pair v) {
-  return {_mm512_cvtph_ps(_mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
-          _mm512_cvtph_ps(_mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
+  return {
+      _mm512_cvtph_ps(_mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
+      _mm512_cvtph_ps(_mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
 }
 template <>
 inline Pair round_to<BFloat16>(Pair v) {
 #if defined(__AVX512BF16__)
   const __m512i packed = to_bfloat16(v);
-  return {from_bfloat16(_mm512_castsi512_si256(packed)),
-          from_bfloat16(_mm512_extracti64x4_epi64(packed, 1))};
+  return {
+      from_bfloat16(_mm512_castsi512_si256(packed)),
+      from_bfloat16(_mm512_extracti64x4_epi64(packed, 1))};
 #else
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
-  return {_mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.lo), upper)),
-          _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.hi), upper))};
+  return {
+      _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.lo), upper)),
+      _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.hi), upper))};
 #endif
 }
 

@@ -1,5 +1,5 @@
-// Four floats in the compiler's own vector extension (SSE2 on baseline x86-64, NEON on aarch64), and
-// their conversion from and to the 16-bit types, exact to the bit on any processor.
+// Four floats in the compiler's own vector extension (SSE2 on baseline x86-64, NEON on aarch64),
+// and their conversion from and to the 16-bit types, exact to the bit on any processor.
 #pragma once
 
 #include <stdint.h>
@@ -75,7 +75,7 @@ inline U16x4 from_float(F32x4 v, Float16) {
   const U32x4 normal = (rounded - 0x38000000u) >> 13;
   // Denormal results are multiples of 2^-24, the unit in the last place of a float in [0.5, 1).
   const U32x4 denormal = (U32x4)((F32x4)magnitude + 0.5f) - 0x3f000000u;
-  U32x4 half = select((I32x4)magnitude < 0x38800000, denormal, normal);  // 2^-14
+  U32x4 half = select((I32x4)magnitude < 0x38800000, denormal, normal);   // 2^-14
   half = select((I32x4)rounded >= 0x47800000, U32x4{} + 0x7c00u, half);   // 2^16 and above: Inf
   half = select((I32x4)magnitude > 0x7f800000, U32x4{} + 0x7e00u, half);  // NaN
   return narrow(half | sign);

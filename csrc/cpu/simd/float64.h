@@ -1,5 +1,5 @@
-// The interface of simd.h in double precision, for float64 input. Compiled for the baseline only: it
-// is there for gradcheck and for reference runs, not for speed.
+// The interface of simd.h in double precision, for float64 input. Compiled for the baseline only:
+// it is there for gradcheck and for reference runs, not for speed.
 #pragma once
 
 #include "cpu/simd/convert.h"

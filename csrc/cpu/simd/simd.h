@@ -13,8 +13,8 @@
 //   kForwardRows               rows normalised together, as many as the registers hold
 //   kBackwardSumRows           rows whose two sums are taken together in backward
 //
-// Files of a level see no header with external inline functions (no torch, no STL): the linker would
-// keep one copy for the whole library, maybe one that an older processor cannot run.
+// Files of a level see no header with external inline functions (no torch, no STL): the linker
+// would keep one copy for the whole library, maybe one that an older processor cannot run.
 #pragma once
 
 #include <stdint.h>

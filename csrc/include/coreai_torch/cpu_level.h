@@ -5,10 +5,10 @@
 
 namespace coreai_torch {
 
-int cpu_level_count();               // levels compiled into this library, lowest first
+int cpu_level_count();  // levels compiled into this library, lowest first
 const char* cpu_level_name(int level);
 bool cpu_level_supported(int level);  // does this processor run it?
-int cpu_level();                     // the level in use
+int cpu_level();                      // the level in use
 
 // Forces the level called `name`; nullptr goes back to the automatic choice. Returns false, and
 // changes nothing, where there is no such level or this processor does not run it.

@@ -1,0 +1,61 @@
+# `make help` lists what there is. Every target makes what it needs, in a virtual environment of its
+# own (.venv); set VENV to use another, PYTHON to choose the interpreter it is made with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# A CPU build of torch that is known to work. Set TORCH to use another: make TORCH=torch
+TORCH ?= torch==2.13.0
+
+NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: help demo test test-slow test-cpp bench lint format clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(INSTALLED)  ## train a small language model with our norm, PyTorch's and the reference
+	$(BIN)/python examples/train_lm.py --compare --out runs/demo
+
+test: $(INSTALLED) test-cpp  ## the C++ tests and the Python tests, but the slow ones
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
+
+test-slow: $(INSTALLED)  ## the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+test-cpp: $(INSTALLED)  ## the framework-free library's own tests
+	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCOREAI_TORCH_WERROR=ON > build/cpp-configure.log
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+bench: $(INSTALLED)  ## measure against PyTorch and write benchmarks/results/
+	$(BIN)/python benchmarks/bench_rms_norm.py --json benchmarks/results/cpu.json
+
+lint: $(INSTALLED)  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+
+clean:  ## remove what was built
+	rm -rf build dist runs *.egg-info coreai_torch/*.so coreai_torch/_build_torch_version
+
+# The package is installed in place: Python changes count at once, C++ changes rebuild what they touch.
+$(INSTALLED): $(BIN)/python $(NATIVE_SOURCES)
+	$(BIN)/python -c "import torch" 2> /dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12"
+	PATH="$(abspath $(BIN)):$$PATH" CMAKE_ARGS="-DCOREAI_TORCH_WERROR=ON $(CMAKE_ARGS)" \
+	  $(BIN)/pip install -q --no-build-isolation -e ".[test,demo,lint]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip

@@ -1,0 +1,91 @@
+"""What is installed, what was built, and what to do if something is off.
+
+Every probe is guarded, so that the report still prints where half of it is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _torch() -> str:
+    import torch
+
+    from ._load import built_with_torch
+
+    cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ", no CUDA"
+    return f"{torch.__version__}{cuda}; built against {built_with_torch()}"
+
+
+def _kernels() -> str:
+    from . import _C
+
+    info = _C.build_info()
+    cuda = "CPU and CUDA" if info["cuda"] else "CPU"
+    return f"{cuda}; {info['compiler']}, {info['build_type']}; {_C.__file__}"
+
+
+def _cpu_levels() -> str:
+    from .backends import cpu
+
+    supported = cpu.supported_levels()
+    names = [
+        f"[{name}]" if name == cpu.get_level() else name if name in supported else f"({name})"
+        for name in cpu.compiled_levels()
+    ]
+    return " ".join(names) + "    [in use], (this processor cannot)"
+
+
+def _rms_norm_impl() -> str:
+    import torch
+
+    from .composite_ops import RMSNormImpl
+
+    x = torch.ones(2, 8, requires_grad=True)
+    y = RMSNormImpl()(x, torch.ones(8))
+    function = y.grad_fn.name() if y.grad_fn is not None else "no gradient"
+    if "RmsNormFunction" not in function:
+        raise RuntimeError(
+            f"RMSNormImpl of {RMSNormImpl.__module__} does not run the fused kernels ({function})"
+        )
+    return f"{RMSNormImpl.__module__}, fused"
+
+
+def _converter() -> str:
+    version = _version("coreai-torch")
+    return version if version == "not installed" else f"coreai-torch {version}"
+
+
+PROBES: dict[str, Callable[[], str]] = {
+    "coreai-torch-rmsnorm": lambda: _version("coreai-torch-rmsnorm"),
+    "python": lambda: f"{platform.python_version()} on {platform.platform()}",
+    "torch": _torch,
+    "kernels": _kernels,
+    "CPU levels": _cpu_levels,
+    "RMSNormImpl": _rms_norm_impl,
+    "converter": _converter,
+}
+
+
+def main() -> int:
+    """Print the report; return 1 if something is off."""
+    problems = []
+    for name, probe in PROBES.items():
+        try:
+            value = probe()
+        except Exception as error:
+            value = "PROBLEM, see below"
+            problems.append(f"{name}: {error}")
+        print(f"{name:22}{value}")
+    for problem in problems:
+        print(f"\nPROBLEM  {problem}")
+    return 1 if problems else 0
