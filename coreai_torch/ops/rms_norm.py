@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _load as _load
 from .. import reference
-from ..reference.rms_norm import check_rms_norm, output_dtype
+from ..reference.rms_norm import check_rms_norm, check_rms_norm_backward, output_dtype
 
 _Op = Callable[[Tensor, Tensor, float], Tensor]
 _public_op: _Op = torch.ops.coreai_torch.rms_norm.default
@@ -69,7 +69,7 @@ def _fused_rms_norm_fake(input: Tensor, scale: Tensor, eps: float) -> Tensor:
 def _fused_rms_norm_backward_fake(
     grad_output: Tensor, input: Tensor, scale: Tensor, eps: float, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    check_rms_norm(input, scale, eps)
+    check_rms_norm_backward(grad_output, input, scale, eps)
     grad_input = torch.empty_like(input) if output_mask[0] else input.new_empty(0)
     grad_scale = scale.new_empty(scale.shape if output_mask[1] else 0)
     return grad_input, grad_scale

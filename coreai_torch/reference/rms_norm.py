@@ -35,11 +35,7 @@ def output_dtype(input: torch.dtype, scale: torch.dtype) -> torch.dtype:
 def check_rms_norm(input: Tensor, scale: Tensor, eps: float) -> None:
     """Raise what the error contract says; csrc/torch/rms_norm.cpp has the same in C++."""
     for name, tensor in (("input", input), ("scale", scale)):
-        if tensor.layout != torch.strided:
-            raise RuntimeError(
-                f"rms_norm: expected {name} to be a dense tensor, got layout {tensor.layout}; "
-                "convert it with .to_dense()"
-            )
+        _check_dense(name, tensor)
         if tensor.dtype not in DTYPES:
             raise NotImplementedError(
                 f"rms_norm: expected {name} of dtype float64, float32, float16 or bfloat16, "
@@ -62,15 +58,45 @@ def check_rms_norm(input: Tensor, scale: Tensor, eps: float) -> None:
             "rms_norm: expected scale that broadcasts to the shape of input, "
             f"{list(input.shape)}, got shape {list(scale.shape)}"
         )
-    if scale.device != input.device:
-        raise RuntimeError(
-            f"rms_norm: expected scale on the device of input, {input.device}, "
-            f"got {scale.device}; move one of them with .to()"
-        )
+    _check_device("scale", scale, input)
     check_eps(eps)
+
+
+def check_rms_norm_backward(grad_output: Tensor, input: Tensor, scale: Tensor, eps: float) -> None:
+    """Raise what the error contract says of the arguments of backward."""
+    check_rms_norm(input, scale, eps)
+    _check_dense("grad_output", grad_output)
+    if grad_output.shape != input.shape:
+        raise RuntimeError(
+            "rms_norm: expected grad_output with the shape of the output, "
+            f"{list(input.shape)}, got shape {list(grad_output.shape)}"
+        )
+    expected = output_dtype(input.dtype, scale.dtype)
+    if grad_output.dtype != expected:
+        raise RuntimeError(
+            f"rms_norm: expected grad_output of the output's dtype, {expected}, "
+            f"got {grad_output.dtype}"
+        )
+    _check_device("grad_output", grad_output, input)
 
 
 def check_eps(eps: float) -> None:
     """Raise ValueError unless eps is a number that is zero or above."""
     if not eps >= 0:
         raise ValueError(f"rms_norm: expected eps >= 0, got {eps}")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise RuntimeError(
+            f"rms_norm: expected {name} to be a dense tensor, got layout {tensor.layout}; "
+            "convert it with .to_dense()"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"rms_norm: expected {name} on the device of input, {input.device}, "
+            f"got {tensor.device}; move one of them with .to()"
+        )

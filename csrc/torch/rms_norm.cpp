@@ -10,6 +10,11 @@
 namespace coreai_torch {
 namespace {
 
+// As Python prints it.
+std::string name_of(at::ScalarType type) {
+  return "torch." + std::string(c10::getDtypeNames(type).first);
+}
+
 bool is_floating(at::ScalarType type) {
   return type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
 }
@@ -17,7 +22,7 @@ bool is_floating(at::ScalarType type) {
 void check_floating(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       is_floating(tensor.scalar_type()), "rms_norm: expected ", name,
-      " of dtype float64, float32, float16 or bfloat16, got ", tensor.scalar_type());
+      " of dtype float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
 }
 
 void check_dense(const char* name, const at::Tensor& tensor) {
@@ -82,8 +87,8 @@ void check_rms_norm_backward(
   const at::ScalarType output_type = rms_norm_output_type(input.scalar_type(), scale.scalar_type());
   TORCH_CHECK(
       grad_output.scalar_type() == output_type,
-      "rms_norm: expected grad_output of the output's dtype, ", output_type, ", got ",
-      grad_output.scalar_type());
+      "rms_norm: expected grad_output of the output's dtype, ", name_of(output_type), ", got ",
+      name_of(grad_output.scalar_type()));
   TORCH_CHECK(
       grad_output.device() == input.device(),
       "rms_norm: expected grad_output on the device of input, ", input.device(), ", got ",

@@ -1,0 +1,82 @@
+"""What the tests share: the matrix of dtypes, the float64 oracle, and the accuracy bar."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from coreai_torch import ops, reference
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (*FLOATS, torch.float64)
+PAIRS = tuple(itertools.product(FLOATS, FLOATS))
+ALL_PAIRS = tuple(itertools.product(DTYPES, DTYPES))
+
+
+def names(value: object) -> str | None:
+    """Readable test ids for dtypes and pairs of them."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple) and value and isinstance(value[0], torch.dtype):
+        return "-".join(str(v).removeprefix("torch.") for v in value)
+    return None
+
+
+def with_gradients(
+    function, input: Tensor, scale: Tensor, grad_output: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, gradient of the input and gradient of the scale."""
+    x, w = input.detach().requires_grad_(), scale.detach().requires_grad_()
+    y = function(x, w, eps)
+    y.backward(grad_output.to(y.dtype))
+    assert x.grad is not None
+    assert w.grad is not None
+    return y.detach(), x.grad, w.grad
+
+
+def oracle(
+    input: Tensor, scale: Tensor, grad_output: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mathematical function and its gradient in float64, of the inputs as they are."""
+    x, w, g = input.double(), scale.double(), grad_output.double()
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normalized = x * rstd
+    scaled = g * w
+    grad_input = (scaled - normalized * (scaled * normalized).mean(-1, keepdim=True)) * rstd
+    return normalized * w, grad_input, (g * normalized).sum_to_size(scale.shape)
+
+
+def assert_as_accurate_as_reference(
+    input: Tensor, scale: Tensor, grad_output: Tensor, eps: float = 1e-5
+) -> None:
+    """The accuracy bar: against the oracle, our mean error is at most 1.05 and our largest at most
+    1.5 times that of the eager reference.
+
+    Below one unit in the last place of the exact result's largest element in float32, an error of
+    the reference's is luck: there, and where there are few elements to take a mean over, the bar is
+    that unit.
+    """
+    grad_output = grad_output.to(reference.rms_norm(input, scale, eps).dtype)
+    ours = with_gradients(ops.rms_norm, input, scale, grad_output, eps)
+    theirs = with_gradients(reference.rms_norm, input, scale, grad_output, eps)
+    exact = oracle(input, scale, grad_output, eps)
+    for name, a, b, c in zip(
+        ("output", "grad_input", "grad_scale"), ours, theirs, exact, strict=True
+    ):
+        assert a.dtype == b.dtype, name
+        assert a.shape == b.shape, name
+        if c.numel() == 0:
+            continue
+        finite = c.abs() <= torch.finfo(a.dtype).max
+        assert torch.equal(a.isnan(), b.isnan()), f"{name}: NaN in other places"
+        error_of = lambda value, c=c, finite=finite: (value.double() - c)[finite].abs()  # noqa: E731
+        error, error_of_reference = error_of(a), error_of(b)
+        noise = finite.sum().item() ** -0.5
+        assert error.mean() <= (1.05 + 2 * noise) * error_of_reference.mean(), (
+            f"{name}: mean error {error.mean():.3e}, reference {error_of_reference.mean():.3e}"
+        )
+        assert error.max() <= (1.5 + 16 * noise) * error_of_reference.max(), (
+            f"{name}: largest error {error.max():.3e}, reference {error_of_reference.max():.3e}"
+        )

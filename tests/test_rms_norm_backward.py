@@ -1,0 +1,149 @@
+"""Gradients: the accuracy bar against float64, every layout, gradcheck, bit reproducibility."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import FLOATS, PAIRS, assert_as_accurate_as_reference, names, with_gradients
+from test_rms_norm_forward import LAYOUTS, SCALES
+
+from coreai_torch import ops, reference
+from coreai_torch.backends import cpu
+
+SHAPES = [(1, 64), (150, 33), (64, 128), (100, 1000), (300, 513), (2000, 96), (33, 4096)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+def test_accuracy(shape, pair):
+    x, g = torch.randn(shape).to(pair[0]), torch.randn(shape)
+    w = torch.randn(shape[-1:]).to(pair[1])
+    assert_as_accurate_as_reference(x, w, g)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+def test_accuracy_per_head(pair):
+    x, g = torch.randn(2, 4, 40, 64).to(pair[0]), torch.randn(2, 4, 40, 64)
+    assert_as_accurate_as_reference(x, torch.randn(4, 1, 64).to(pair[1]), g)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+@pytest.mark.parametrize("shape", [(32768, 512), (100_000, 64), (16, 65536)], ids=str)
+def test_accuracy_over_many_rows(shape, dtype):
+    x, g = torch.randn(shape).to(dtype), torch.randn(shape)
+    assert_as_accurate_as_reference(x, torch.randn(shape[-1:]).to(dtype), g)
+
+
+ROWS = {
+    "zeros": lambda x: torch.zeros_like(x),
+    "tiny": lambda x: x * 1e-4,
+    "large": lambda x: x * 1e4,
+    "one spike": lambda x: torch.where(torch.arange(x.shape[-1]) == 7, 6e4, x * 1e-3),
+    "near the largest float16": lambda x: x.sign() * 65504,
+}
+
+
+@pytest.mark.parametrize("make", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+def test_accuracy_of_adversarial_rows(make, pair):
+    x, g = make(torch.randn(40, 100)).to(pair[0]), torch.randn(40, 100)
+    assert_as_accurate_as_reference(x, torch.randn(100).to(pair[1]), g)
+
+
+@pytest.mark.parametrize("make_grad", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("make_input", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_of_input_and_grad_output(make_input, make_grad):
+    x, g, w = make_input(), make_grad(), torch.randn(6, 1, 48)
+    y, grad_input, grad_scale = with_gradients(ops.rms_norm, x, w, g, 1e-5)
+    dense = with_gradients(ops.rms_norm, x.contiguous(), w, g.contiguous(), 1e-5)
+    for ours, expected in zip((y, grad_input, grad_scale), dense, strict=True):
+        assert torch.equal(ours, expected)
+    grads = torch.ops.coreai_torch.fused_rms_norm_backward(g, x, w, 1e-5, [True, True])
+    assert grads[0].stride() == torch.empty_like(x).stride()
+    assert grads[1].is_contiguous()
+
+
+@pytest.mark.parametrize("shape", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+def test_scale_shapes(shape, pair):
+    x, g = torch.randn(2, 3, 5, 16).to(pair[0]), torch.randn(2, 3, 5, 16)
+    assert_as_accurate_as_reference(x, torch.randn(shape).to(pair[1]), g)
+
+
+def test_gradient_of_a_sum():
+    """Its gradient is one number, expanded over all dimensions."""
+    x, w = torch.randn(6, 40, requires_grad=True), torch.randn(40, requires_grad=True)
+    ops.rms_norm(x, w).sum().backward()
+    expected = with_gradients(reference.rms_norm, x, w, torch.ones(6, 40), 1e-5)
+    torch.testing.assert_close(x.grad, expected[1])
+    torch.testing.assert_close(w.grad, expected[2])
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_only_the_gradients_asked_for(wanted):
+    x, w, g = torch.randn(9, 40), torch.randn(40), torch.randn(9, 40)
+    op = torch.ops.coreai_torch.fused_rms_norm_backward
+    both, some = op(g, x, w, 1e-5, [True, True]), op(g, x, w, 1e-5, list(wanted))
+    for full, part, asked in zip(both, some, wanted, strict=True):
+        assert torch.equal(part, full) if asked else part.shape == (0,)
+
+
+@pytest.mark.parametrize("scale", [(6,), (2, 1, 6), (3, 1, 1, 6), (3, 1, 4, 6)], ids=str)
+def test_gradcheck(scale):
+    x = torch.randn(3, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(scale, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        ops.rms_norm, (x, w), check_forward_ad=True, check_batched_grad=False
+    )
+    assert torch.autograd.gradgradcheck(ops.rms_norm, (x, w))
+
+
+def test_double_backward_in_float32():
+    def penalty(norm):
+        x = torch.linspace(-1, 2, 40).reshape(4, 10).requires_grad_()
+        w = torch.linspace(0.5, 1.5, 10).requires_grad_()
+        (grad,) = torch.autograd.grad(norm(x, w).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        return x.grad, w.grad
+
+    for ours, expected in zip(penalty(ops.rms_norm), penalty(reference.rms_norm), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_zero_rows():
+    x, w = torch.randn(0, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    ops.rms_norm(x, w).sum().backward()
+    assert x.grad.shape == (0, 8)
+    assert torch.equal(w.grad, torch.zeros(8))
+
+
+REPRODUCIBLE = [((2000, 96), (96,)), ((65, 1000), (1000,)), ((2, 4, 300, 64), (4, 1, 64))]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+@pytest.mark.parametrize(("shape", "scale"), REPRODUCIBLE, ids=str)
+def test_same_bits_at_every_level_and_number_of_threads(pair, shape, scale):
+    x, g = torch.randn(shape).to(pair[0]), torch.randn(shape)
+    w = torch.randn(scale).to(pair[1])
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for name in cpu.supported_levels():
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                with cpu.level(name):
+                    results.append(with_gradients(ops.rms_norm, x, w, g, 1e-5))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_saved_for_backward_are_input_and_scale_only():
+    saved = []
+    x, w = torch.randn(8, 40, requires_grad=True), torch.randn(40, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.rms_norm(x, w)
+    assert [t.data_ptr() for t in saved] == [x.data_ptr(), w.data_ptr()]
