@@ -1,7 +1,7 @@
 """Thin driver: environment -> CMake options -> Ninja. Sources and flags are in CMakeLists.txt.
 
-Environment variables: MAX_JOBS (parallel compilations), DEBUG=1 (debug build), CMAKE_ARGS (for
-CMake).
+Environment variables: MAX_JOBS (parallel compilations), DEBUG=1 (debug build), FORCE_CUDA=1
+(CUDA kernels; this version has none and says so), CMAKE_ARGS (passed on to CMake).
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "COREAI_TORCH_PYTHON": "ON",
             "COREAI_TORCH_TESTS": "OFF",
+            "COREAI_TORCH_CUDA": "ON" if os.environ.get("FORCE_CUDA") == "1" else "OFF",
             "TORCH_INCLUDE_DIRS": ";".join(cpp_extension.include_paths()),
             "TORCH_LIBRARY_DIRS": ";".join(cpp_extension.library_paths()),
             "TORCH_CXX11_ABI": str(int(torch.compiled_with_cxx11_abi())),
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        print(f"coreai_torch: torch {torch.__version__}, {options['CMAKE_BUILD_TYPE']} build, CPU")
+        print(f"coreai_torch: torch {torch.__version__}, {options['CMAKE_BUILD_TYPE']} build, CPU only")
         print("coreai_torch: cmake", *arguments, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.check_call(
