@@ -83,7 +83,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x` over its last dimension, of size dim."""
-        return self.rmsnorm_impl(x, self.weight)  # type: ignore[no-any-return]
+        # Past nn.Module.__getattr__, which takes as long as a tenth of the call with one row.
+        impl = self._modules["rmsnorm_impl"]
+        return impl(x, self.weight)  # type: ignore[misc, no-any-return]
 
     def extra_repr(self) -> str:
         heads = "" if self.weight.dim() == 1 else f", n_heads={self.weight.shape[0]}"

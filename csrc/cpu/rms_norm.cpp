@@ -1,9 +1,12 @@
 // Picks the kernel for the dtypes and the SIMD level, and spreads its work over threads.
 #include "coreai_torch/rms_norm.h"
 
+#include <initializer_list>
+
 #include "cpu/levels.h"
 #include "cpu/rms_norm_kernels.h"
 #include "cpu/rms_norm_plan.h"
+#include "cpu/streaming.h"
 
 namespace coreai_torch {
 
@@ -22,27 +25,38 @@ const RmsNormKernels& kernels_for(DType input) {
   return input == DType::kFloat64 ? rms_norm_kernels_float64 : *kTables[cpu_level()];
 }
 
+constexpr int64_t kSizes[kDTypes] = {4, 2, 2, 8};  // in the order of DType
+
 // The sum over no rows. Zero has the same bytes in every dtype.
 void set_to_zero(void* grad_scale, const RmsNormShape& shape) {
-  constexpr int64_t kSizes[kDTypes] = {4, 2, 2, 8};
   const int64_t bytes = shape.groups * shape.dim * kSizes[int(shape.scale_dtype)];
   for (int64_t i = 0; i < bytes; ++i) static_cast<char*>(grad_scale)[i] = 0;
 }
 
+// Are the rows of every operand one behind the other, so that the next row's place is known?
+bool is_contiguous(const RmsNormShape& shape, std::initializer_list<const int64_t*> strides) {
+  if (shape.row_ndim != 1) return false;
+  for (const int64_t* stride : strides) {
+    if (stride[0] != shape.dim) return false;
+  }
+  return true;
+}
+
 template <class Kernel, class Args>
 void run(
-    Kernel kernel, const Args& args, int64_t count, int64_t elements_each,
+    Kernel kernel, const Args& args, bool stream, int64_t count, int64_t elements_each,
     ParallelFor parallel_for) {
   struct Context {
     Kernel kernel;
     const Args* args;
-  } context{kernel, &args};
+    bool stream;
+  } context{kernel, &args, stream};
   const int64_t grain = elements_each < kGrainElements ? kGrainElements / elements_each : 1;
   parallel_for(
       0, count, grain,
       [](int64_t begin, int64_t end, void* opaque) {
         const Context* context = static_cast<const Context*>(opaque);
-        context->kernel(*context->args, begin, end);
+        context->kernel(*context->args, context->stream, begin, end);
       },
       &context);
 }
@@ -57,8 +71,12 @@ DType rms_norm_output_dtype(DType input, DType scale) {
 void rms_norm_forward_cpu(const RmsNormForward& args, ParallelFor parallel_for) {
   const RmsNormShape& shape = args.shape;
   if (shape.rows == 0 || shape.dim == 0) return;
+  const DType output_dtype = rms_norm_output_dtype(shape.input_dtype, shape.scale_dtype);
+  const bool stream =
+      is_contiguous(shape, {args.input_strides, args.output_strides}) &&
+      worth_streaming(args.output, shape.rows, shape.dim * kSizes[int(output_dtype)]);
   run(kernels_for(shape.input_dtype).forward[int(shape.input_dtype)][int(shape.scale_dtype)], args,
-      shape.rows, shape.dim, parallel_for);
+      stream, shape.rows, shape.dim, parallel_for);
 }
 
 int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
@@ -76,11 +94,16 @@ void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for
   }
   const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
   const BackwardPlan plan = backward_plan(shape);
-  run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, plan.tasks,
+  const bool stream =
+      args.grad_input != nullptr &&
+      is_contiguous(
+          shape, {args.grad_output_strides, args.input_strides, args.grad_input_strides}) &&
+      worth_streaming(args.grad_input, shape.rows, shape.dim * kSizes[int(shape.input_dtype)]);
+  run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, stream, plan.tasks,
       plan.chunk_rows * shape.dim, parallel_for);
   if (args.grad_scale == nullptr) return;
   const int64_t blocks_per_group = (shape.dim + kReduceColumns - 1) / kReduceColumns;
-  run(kernels.reduce[int(shape.scale_dtype)], args, shape.groups * blocks_per_group,
+  run(kernels.reduce[int(shape.scale_dtype)], args, false, shape.groups * blocks_per_group,
       kReduceColumns * plan.chunks_per_group, parallel_for);
 }
 

@@ -5,13 +5,17 @@
 
 namespace coreai_torch {
 
-// Rows [begin, end) of the output.
-using RmsNormForwardKernel = void (*)(const RmsNormForward&, int64_t begin, int64_t end);
+// Rows [begin, end) of the output. `stream`: store past the caches and fetch rows ahead, for
+// operands that are larger than the caches and contiguous, with rows of whole cache lines.
+using RmsNormForwardKernel =
+    void (*)(const RmsNormForward&, bool stream, int64_t begin, int64_t end);
 // Tasks [begin, end) of backward_plan(): their rows of grad_input, and their sums of grad_scale in
 // their rows of the workspace.
-using RmsNormBackwardKernel = void (*)(const RmsNormBackward&, int64_t begin, int64_t end);
+using RmsNormBackwardKernel =
+    void (*)(const RmsNormBackward&, bool stream, int64_t begin, int64_t end);
 // Column blocks [begin, end) of grad_scale, from the workspace.
-using RmsNormReduceKernel = void (*)(const RmsNormBackward&, int64_t begin, int64_t end);
+using RmsNormReduceKernel =
+    void (*)(const RmsNormBackward&, bool stream, int64_t begin, int64_t end);
 
 constexpr int kDTypes = 4;               // values of DType
 constexpr int64_t kReduceColumns = 512;  // columns in a column block

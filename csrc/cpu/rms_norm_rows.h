@@ -79,8 +79,16 @@ inline Real rstd_of(Real sum_of_squares, const RmsNormShape& shape) {
   }
 }
 
+// Asks for the cache lines of a Pair of elements.
+template <class T>
+inline void prefetch(const T* p) {
+  for (int byte = 0; byte < Pair::kLanes * int(sizeof(T)); byte += 64) {
+    __builtin_prefetch((const char*)p + byte);
+  }
+}
+
 // Normalises kRows rows that share a scale row.
-template <int kRows, class Input, class Scale, class Output>
+template <int kRows, bool kStream, class Input, class Scale, class Output>
 inline void forward_rows(
     const RmsNormShape& shape, const Input* const* input, const Scale* scale,
     Output* const* output) {
@@ -97,9 +105,11 @@ inline void forward_rows(
       sums);
   Pair rstd[kRows];
   for (int r = 0; r < kRows; ++r) rstd[r] = splat(rstd_of(sums[r], shape));
-  for_each_pair(0, dim, [&](auto part, int64_t i) {
+  using Part = typename Conditional<kStream, Streamed, Whole>::type;
+  for_each_pair<Part>(0, dim, [&](auto part, int64_t i) {
     const Pair w = part.load_from(scale + i);
     for (int r = 0; r < kRows; ++r) {
+      if constexpr (kStream) prefetch(input[r] + kRows * dim + i);  // the next rows
       Pair normalized = part.load_from(input[r] + i) * rstd[r];
       if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
         normalized = round_to<Input>(normalized);
@@ -109,8 +119,8 @@ inline void forward_rows(
   });
 }
 
-template <class Input, class Scale>
-void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
+template <bool kStream, class Input, class Scale>
+void forward_range(const RmsNormForward& args, int64_t begin, int64_t end) {
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
   RowCursor<2> cursor(shape, {args.input_strides, args.output_strides});
@@ -131,12 +141,22 @@ void forward(const RmsNormForward& args, int64_t begin, int64_t end) {
     const int64_t run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
     for (; row + kForwardRows <= run_end; row += kForwardRows) {
       take_rows(kForwardRows);
-      forward_rows<kForwardRows>(shape, input, scale, output);
+      forward_rows<kForwardRows, kStream>(shape, input, scale, output);
     }
     for (; row < run_end; ++row) {
       take_rows(1);
-      forward_rows<1>(shape, input, scale, output);
+      forward_rows<1, kStream>(shape, input, scale, output);
     }
+  }
+}
+
+template <class Input, class Scale>
+void forward(const RmsNormForward& args, bool stream, int64_t begin, int64_t end) {
+  if (stream) {
+    forward_range<true, Input, Scale>(args, begin, end);
+    stream_end();
+  } else {
+    forward_range<false, Input, Scale>(args, begin, end);
   }
 }
 
@@ -179,7 +199,9 @@ inline void backward_sums(
 }
 
 // kRows is kBlockRows, or 0 for `rows` rows.
-template <int kRows, bool kGradInput, bool kGradScale, class Input, class Scale, class Output>
+template <
+    int kRows, bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale,
+    class Output>
 inline void backward_block(
     const RmsNormShape& shape, const Scale* scale, int rows, BackwardBlock<Input, Output>& block,
     Real* grad_scale, bool first_of_chunk) {
@@ -199,7 +221,13 @@ inline void backward_block(
       const Pair grad = part.load_from(block.grad_output[r] + i);
       if constexpr (kGradInput) {
         const Pair grad_input = (grad * w - normalized * splat(block.mean_dot[r])) * rstd;
-        part.store_to(block.grad_input[r] + i, grad_input);
+        if constexpr (kStream && kSame<decltype(part), Whole>) {
+          prefetch(block.input[r] + kBlockRows * shape.dim + i);  // the next block
+          prefetch(block.grad_output[r] + kBlockRows * shape.dim + i);
+          stream(block.grad_input[r] + i, grad_input);
+        } else {
+          part.store_to(block.grad_input[r] + i, grad_input);
+        }
       }
       if constexpr (kGradScale) {
         const Pair term = grad * normalized;
@@ -213,7 +241,7 @@ inline void backward_block(
   });
 }
 
-template <bool kGradInput, bool kGradScale, class Input, class Scale>
+template <bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale>
 void backward_tasks(const RmsNormBackward& args, int64_t begin, int64_t end) {
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
@@ -247,23 +275,27 @@ void backward_tasks(const RmsNormBackward& args, int64_t begin, int64_t end) {
         block.grad_input[r] = (Input*)args.grad_input + cursor.offset(2);
       }
       if (rows == kBlockRows) {
-        backward_block<kBlockRows, kGradInput, kGradScale>(
+        backward_block<kBlockRows, kGradInput, kGradScale, kStream>(
             shape, scale, rows, block, grad_scale, done == 0);
       } else {
-        backward_block<0, kGradInput, kGradScale>(shape, scale, rows, block, grad_scale, done == 0);
+        backward_block<0, kGradInput, kGradScale, kStream>(
+            shape, scale, rows, block, grad_scale, done == 0);
       }
     }
   }
 }
 
 template <class Input, class Scale>
-void backward(const RmsNormBackward& args, int64_t begin, int64_t end) {
+void backward(const RmsNormBackward& args, bool stream, int64_t begin, int64_t end) {
   if (args.grad_input == nullptr) {
-    backward_tasks<false, true, Input, Scale>(args, begin, end);
+    backward_tasks<false, true, false, Input, Scale>(args, begin, end);
   } else if (args.grad_scale == nullptr) {
-    backward_tasks<true, false, Input, Scale>(args, begin, end);
+    backward_tasks<true, false, false, Input, Scale>(args, begin, end);
+  } else if (!stream) {
+    backward_tasks<true, true, false, Input, Scale>(args, begin, end);
   } else {
-    backward_tasks<true, true, Input, Scale>(args, begin, end);
+    backward_tasks<true, true, true, Input, Scale>(args, begin, end);
+    stream_end();
   }
 }
 
@@ -282,7 +314,7 @@ Pair sum_chunks(Part part, const Real* first, int64_t stride, int64_t count) {
 }
 
 template <class Scale>
-void reduce(const RmsNormBackward& args, int64_t begin, int64_t end) {
+void reduce(const RmsNormBackward& args, bool, int64_t begin, int64_t end) {
   const int64_t dim = args.shape.dim;
   const int64_t chunks = backward_plan(args.shape).chunks_per_group;
   const int64_t blocks_per_group = (dim + kReduceColumns - 1) / kReduceColumns;

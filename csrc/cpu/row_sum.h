@@ -32,6 +32,12 @@ struct Whole {
     store(p, v);
   }
 };
+struct Streamed : Whole {
+  template <class T>
+  void store_to(T* p, Pair v) const {
+    stream(p, v);
+  }
+};
 struct First {
   int64_t count;  // < Pair::kLanes; the lanes behind are zero
 
@@ -50,10 +56,10 @@ struct First {
 };
 
 // Calls body(part, i) for every Pair of elements from `begin` on, the last of which may be partial.
-template <class Body>
+template <class Part = Whole, class Body>
 inline void for_each_pair(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
-  for (; i + Pair::kLanes <= end; i += Pair::kLanes) body(Whole(), i);
+  for (; i + Pair::kLanes <= end; i += Pair::kLanes) body(Part(), i);
   if (i < end) body(First{end - i}, i);
 }
 

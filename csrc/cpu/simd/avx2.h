@@ -68,6 +68,18 @@ inline void store(BFloat16* p, Pair v) {
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
+inline void stream(float* p, Pair v) {
+  _mm256_stream_ps(p, v.lo);
+  _mm256_stream_ps(p + 8, v.hi);
+}
+template <class T>
+inline void stream(T* p, Pair v) {
+  alignas(32) T rounded[Pair::kLanes];
+  store(rounded, v);
+  _mm256_stream_si256((__m256i*)p, load_256(rounded));
+}
+inline void stream_end() { _mm_sfence(); }
+
 template <class T>
 Pair round_to(Pair v);
 template <>

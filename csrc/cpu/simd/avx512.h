@@ -83,6 +83,18 @@ inline void store(Float16* p, Pair v) {
 }
 inline void store(BFloat16* p, Pair v) { _mm512_storeu_si512(p, to_bfloat16(v)); }
 
+inline void stream(float* p, Pair v) {
+  _mm512_stream_ps(p, v.lo);
+  _mm512_stream_ps(p + 16, v.hi);
+}
+inline void stream(Float16* p, Pair v) {
+  const __m256i lo = _mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i hi = _mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT);
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1));
+}
+inline void stream(BFloat16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_bfloat16(v)); }
+inline void stream_end() { _mm_sfence(); }
+
 template <class T>
 Pair round_to(Pair v);
 template <>

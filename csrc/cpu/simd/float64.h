@@ -48,6 +48,12 @@ inline void store(T* p, Pair v) {
   store_as(p, from_float(to_floats(v), T()));
 }
 template <class T>
+inline void stream(T* p, Pair v) {
+  store(p, v);
+}
+inline void stream_end() {}
+
+template <class T>
 inline Pair round_to(Pair v) {
   return from_floats(to_float(from_float(to_floats(v), T()), T()));
 }

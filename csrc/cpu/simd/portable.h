@@ -37,6 +37,13 @@ inline void store(T* p, Pair v) {
   store_as(p, from_float(v.lo, T()));
   store_as(p + 4, from_float(v.hi, T()));
 }
+// Without an instruction for it, an ordinary store.
+template <class T>
+inline void stream(T* p, Pair v) {
+  store(p, v);
+}
+inline void stream_end() {}
+
 template <class T>
 inline Pair round_to(Pair v) {
   return {to_float(from_float(v.lo, T()), T()), to_float(from_float(v.hi, T()), T())};
