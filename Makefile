@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help demo test test-slow test-cpp bench lint format clean
+.PHONY: help demo test test-slow test-cpp test-aarch64 bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,12 +27,19 @@ test-slow: $(INSTALLED)  ## the slow tests
 
 test-cpp: $(INSTALLED)  ## the framework-free library's own tests
 	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DCOREAI_TORCH_WERROR=ON > build/cpp-configure.log
+	  -DCOREAI_TORCH_WERROR=ON > /dev/null
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
+test-aarch64:  ## the C++ tests on aarch64, cross-compiled and emulated
+	cmake -S . -B build/aarch64 -G Ninja --toolchain cmake/aarch64-linux-gnu.cmake \
+	  -DCOREAI_TORCH_WERROR=ON > /dev/null
+	cmake --build build/aarch64
+	ctest --test-dir build/aarch64 --output-on-failure
+
 bench: $(INSTALLED)  ## measure against PyTorch and write benchmarks/results/
 	$(BIN)/python benchmarks/bench_rms_norm.py --json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
 
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
