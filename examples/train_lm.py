@@ -40,12 +40,14 @@ from tqdm import tqdm
 
 UNTIMED_STEPS = 3  # the first steps also pay for memory and one-time set-up in libraries
 VALIDATION_BATCHES = 8
-SHARE_STEPS = 5
+SHARE_STEPS = 3
+BUSY = 1.3  # ratio of median to fastest step above which something else was running
+FINAL_STEPS = 5  # one batch is a handful of files, and some files are harder than others
 
-# How far a loss may be from the reference's at the first step. In float32 that is four units in
-# the last place of a loss between 4 and 8; in bfloat16, where activations carry 8 bits, one part
-# in 128. See `allowed_difference`.
-ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}
+# How far a loss may be from the reference's at the first step: 16 units in the last place of a
+# float32 between 4 and 8, and one unit in the last place of a bfloat16 between 1 and 2. How that
+# grows with the steps is the business of `allowed_difference`.
+ROUNDING = {"float32": 2.0**-17, "bfloat16": 2.0**-7}
 
 
 def option(default: Any, description: str, **more: Any) -> Any:
@@ -140,7 +142,7 @@ def make_lane(norm: str, cfg: Config, device: torch.device) -> Lane:
         seq_len=cfg.seq_len,
         compute_dtype=getattr(torch, cfg.dtype),
     ).to(device)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim == 2]},
         {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
     ]
@@ -227,6 +229,8 @@ def load_checkpoint(lanes: Sequence[Lane], cfg: Config, out: Path, device: torch
     They are matched by position, not by the norm's name: a run may go on with another norm.
     """
     path = out / "checkpoint.pt"
+    if not path.exists():
+        raise SystemExit(f"there is no {path} to resume from")
     checkpoint = torch.load(path, map_location=device, weights_only=True)
     if checkpoint["config"] != asdict(cfg) or len(checkpoint["lanes"]) != len(lanes):
         raise SystemExit(f"{path} is of a run with other options")
@@ -265,57 +269,74 @@ class Clock:
 
 
 def norm_share(lane: Lane, batch: Batch, cfg: Config) -> float:
-    """The share of one training step that passes inside its norms, forward and backward.
+    """The share of a training step that passes inside its norms, forward and backward.
 
-    Hooks mark the time before and after each norm in both directions. Why that is sound:
+    Hooks mark the time before and after each norm: of its forward in one step, of its backward in
+    another, because what makes backward hooks possible adds work to the forward. Why it is sound:
 
-    * It times the norms of a real step, with the caches and the memory as the step leaves them,
-      where a benchmark of the norm alone would find its input in cache. Both times of the
-      quotient are of the same step.
+    * It times the norms of a real step, with caches and memory as the step leaves them, where a
+      benchmark of the norm alone would find its input in cache. Both times of a quotient are of
+      the same step.
     * A norm's backward is one uninterrupted interval, its weight gradient included. Of the nodes
       that are ready, autograd runs the one created last, and a weight's accumulation before all
-      others. The norm's nodes were created in a row, between the nodes of its two backward hooks;
-      all later ones are done when it starts, all earlier ones have to wait.
+      others. The norm's nodes were created in a row, between the nodes of its two backward hooks:
+      all later ones are done when it starts, all earlier ones wait until it ends.
     * On a CPU an operation is over when its call returns. On a GPU the marks are events in the
       stream, in order with the kernels, and nothing waits that does not wait in other steps.
 
-    Counted with the norm are a few Python calls of the hooks themselves, alike for every norm.
+    What the hooks add to an interval is a few Python calls, the same ones for every norm.
     """
-    whole, inside = Clock(batch.tokens.device), Clock(batch.tokens.device)
-    hooks = []
-    for norm in lane.model.norms():
-        hooks += [
-            norm.register_forward_pre_hook(inside.mark),
-            norm.register_forward_hook(inside.mark),
-            norm.register_full_backward_pre_hook(inside.mark),
-            norm.register_full_backward_hook(inside.mark),
+    share = 0.0
+    for before_and_after in (
+        (nn.Module.register_forward_pre_hook, nn.Module.register_forward_hook),
+        (nn.Module.register_full_backward_pre_hook, nn.Module.register_full_backward_hook),
+    ):
+        step, inside = Clock(batch.tokens.device), Clock(batch.tokens.device)
+        hooks = [
+            register(norm, inside.mark)
+            for norm in lane.model.norms()
+            for register in before_and_after
         ]
-    whole.mark()
-    train_step(lane, batch, learning_rate(cfg.steps, cfg), cfg.clip)
-    whole.mark()
-    for hook in hooks:
-        hook.remove()
-    return inside.seconds() / whole.seconds()
+        step.mark()
+        train_step(lane, batch, learning_rate(cfg.steps, cfg), cfg.clip)
+        step.mark()
+        for hook in hooks:
+            hook.remove()
+        share += inside.seconds() / step.seconds()
+    return share
 
 
 def norm_shares(
     lanes: Sequence[Lane], data: Tensor, cfg: Config, device: torch.device
 ) -> list[float]:
-    """Each lane's `norm_share`, the median of several steps. They come after all that is saved."""
+    """Each lane's `norm_share`, the median of several. They come after all that is saved."""
     batches = [draw_batch(data, cfg, "share", i, device) for i in range(SHARE_STEPS)]
     shares = [[norm_share(lane, batch, cfg) for lane in lanes] for batch in batches]
     return [statistics.median(column) for column in zip(*shares, strict=True)]
 
 
-def allowed_difference(step: int, cfg: Config) -> float:
-    """How far two losses may drift apart by `step` if only their rounding differs.
+def timed_steps(lane: Lane) -> list[float]:
+    """Seconds of the steps whose speed counts."""
+    return lane.seconds[UNTIMED_STEPS:] or lane.seconds
 
-    Every step adds rounding of its own, hence the linear term. Training also amplifies what is
-    there: two runs that differ in the last bit separate exponentially, slowly at first. Doubling
-    every 100 steps covers what a change of all initial weights by one unit in the last place does
-    to this model at its default learning rate and at twice that: over several seeds and up to 400
-    steps its losses stayed below half of this bound. Errors are larger early on, before anything
-    is amplified: a gradient of the norm that is off by 1 % exceeds it within three steps.
+
+def slowdown(lanes: Sequence[Lane]) -> float:
+    """How much longer the median step took than the fastest one, which had the machine alone."""
+    seconds = [timed_steps(lane) for lane in lanes]
+    return max(statistics.median(s) / min(s) for s in seconds)
+
+
+def allowed_difference(step: int, cfg: Config) -> float:
+    """How far two losses may be apart after `step` updates if only their rounding differs.
+
+    Every step adds rounding of its own: the linear factor. Training amplifies what is there, two
+    runs that differ in one bit separate exponentially: the factor that doubles every 100 steps.
+    The constants come from an experiment that involves one norm only: the reference against
+    itself, with all initial weights changed by one unit in the last place. Up to 400 steps of a
+    smaller model, over several seeds, the losses stayed below a tenth of this bound at the default
+    learning rate; at twice that, where single steps of some seeds are unstable, below all of it.
+    A wrong norm shows early, while the bound is tight: a gradient whose second term is off by 1 %
+    exceeds it tenfold after one update.
     """
     return ROUNDING[cfg.dtype] * (1 + step) * 2 ** (step / 100)
 
@@ -372,8 +393,8 @@ def draw_curves(lanes: Sequence[Lane], cfg: Config, path: Path) -> None:
         for lane in lanes[:-1]:
             axes[1].plot(differences(lane, lanes[-1]), ".", label=lane.norm)
         bound = [allowed_difference(step, cfg) for step in range(len(lanes[0].losses))]
-        axes[1].plot(bound, "k--", label="explained by rounding")
-        axes[1].set(ylabel="distance from reference", yscale="log")
+        axes[1].plot(bound, "k--", label="rounding explains up to")
+        axes[1].set(ylabel="distance from reference (0 not shown)", yscale="log")
         axes[1].legend()
     axes[-1].set_xlabel("step")
     figure.savefig(path, dpi=120)
@@ -384,30 +405,35 @@ def format_table(columns: dict[str, list[str]]) -> str:
     widths = [max(map(len, (head, *cells))) for head, cells in columns.items()]
     rows = [tuple(columns), tuple("-" * w for w in widths), *zip(*columns.values(), strict=True)]
     return "\n".join(
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        "  ".join(
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     )
 
 
 def report(lanes: Sequence[Lane], validation: list[float], shares: list[float], cfg: Config) -> str:
     """The table of results. Speeds are those of the median step."""
-    seconds = [lane.seconds[UNTIMED_STEPS:] or lane.seconds for lane in lanes]
+    seconds = [timed_steps(lane) for lane in lanes]
     tokens = cfg.batch_size * cfg.seq_len
     columns = {
         "norm": [lane.norm for lane in lanes],
         "tokens/s": [f"{tokens / statistics.median(s):,.0f}" for s in seconds],
-        "share of step in norms": [f"{share:.1%}" for share in shares],
-        "final loss": [f"{lane.losses[-1]:.4f}" for lane in lanes],
-        "validation loss": [f"{loss:.4f}" for loss in validation],
     }
     if len(lanes) > 1:
-        # Steps of the same number ran within a second or so of each other, so the median of
-        # their quotients is steadier than the quotient of two medians.
+        # Steps of the same number ran right after one another, so the median of their quotients
+        # is steadier than the quotient of two medians.
         baseline = seconds[[lane.norm for lane in lanes].index("torch")]
         quotients = [[b / t for b, t in zip(baseline, s, strict=True)] for s in seconds]
         columns["vs nn.RMSNorm"] = [f"{statistics.median(q):.3f} x" for q in quotients]
+    columns["share of step in norms"] = [f"{share:.1%}" for share in shares]
+    final = [statistics.fmean(lane.losses[-FINAL_STEPS:]) for lane in lanes]
+    columns["final loss"] = [f"{loss:.4f}" for loss in final]
+    columns["validation"] = [f"{loss:.4f}" for loss in validation]
+    if len(lanes) > 1:
         largest = [max(differences(lane, lanes[-1])) for lane in lanes[:-1]]
-        columns["largest difference to reference"] = [*(f"{d:.1e}" for d in largest), "-"]
+        columns["largest difference"] = [*(f"{d:.1e}" for d in largest), "-"]
     return format_table(columns)
 
 
@@ -475,6 +501,8 @@ def main() -> int:
     validation = [validation_loss(lane, held_out, cfg, args.device) for lane in lanes]
     shares = norm_shares(lanes, data, cfg, args.device)
     print(report(lanes, validation, shares, cfg))
+    if slowdown(lanes) > BUSY:
+        print(f"Speeds are unreliable: the median step took {slowdown(lanes):.1f} x the fastest.")
     print(f"Curves and checkpoint are in {args.out}.")
     return 0 if len(lanes) == 1 or verdict(lanes, cfg) else 1
 
