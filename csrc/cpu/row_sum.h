@@ -43,15 +43,11 @@ struct First {
 
   template <class T>
   Pair load_from(const T* p) const {
-    T padded[Pair::kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
-    return load(padded);
+    return load_first(p, count);
   }
   template <class T>
   void store_to(T* p, Pair v) const {
-    T padded[Pair::kLanes];
-    store(padded, v);
-    for (int64_t i = 0; i < count; ++i) p[i] = padded[i];
+    store_first(p, v, count);
   }
 };
 
@@ -64,9 +60,9 @@ inline void for_each_pair(int64_t begin, int64_t end, const Body& body) {
 }
 
 inline int cascade_power(int64_t steps) {
-  int log2 = 0;
-  while ((int64_t(1) << log2) < steps) ++log2;
-  return log2 / kCascadeLevels > 4 ? log2 / kCascadeLevels : 4;
+  int power = 4;
+  while (steps > int64_t(1) << (kCascadeLevels * (power + 1) - 1)) ++power;
+  return power;
 }
 
 // The end of the recipe above. `accumulators` holds the sum of all whole steps; `rest` the
@@ -82,15 +78,13 @@ inline Real finish_row_sum(const Real* accumulators, const Real* rest, int64_t d
     for (int i = 1; i < kAccumulators; ++i) sum += parts[i];
     return sum;
   }
-  Real lanes[kVectorLanes];
-  for (int i = 0; i < kVectorLanes; ++i) lanes[i] = accumulators[i];
+  typedef Real Vector
+      __attribute__((vector_size(sizeof(Real) * kVectorLanes), aligned(sizeof(Real)), may_alias));
+  const auto vector_at = [](const Real* p) { return (const Vector*)p; };
+  Vector lanes = *vector_at(accumulators);
   int64_t done = 0;
-  for (; done + kVectorLanes <= rest_count; done += kVectorLanes) {
-    for (int i = 0; i < kVectorLanes; ++i) lanes[i] += rest[done + i];
-  }
-  for (int a = 1; a < kAccumulators; ++a) {
-    for (int i = 0; i < kVectorLanes; ++i) lanes[i] += accumulators[a * kVectorLanes + i];
-  }
+  for (; done + kVectorLanes <= rest_count; done += kVectorLanes) lanes += *vector_at(rest + done);
+  for (int a = 1; a < kAccumulators; ++a) lanes += *vector_at(accumulators + a * kVectorLanes);
   Real sum = 0;
   for (int64_t i = done; i < rest_count; ++i) sum += rest[i];
   for (int i = 0; i < kVectorLanes; ++i) sum += lanes[i];

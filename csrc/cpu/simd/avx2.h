@@ -98,3 +98,5 @@ inline Pair round_to<BFloat16>(Pair v) {
 
 }  // namespace
 }  // namespace coreai_torch
+
+#include "cpu/simd/first.h"

@@ -73,6 +73,12 @@ inline __m512i to_bfloat16(Pair v) {
   return to_bfloat16_by_bits(v);
 }
 
+inline __m512i to_float16(Pair v) {
+  const __m256i lo = _mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i hi = _mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+}
+
 inline void store(float* p, Pair v) {
   _mm512_storeu_ps(p, v.lo);
   _mm512_storeu_ps(p + 16, v.hi);
@@ -83,15 +89,44 @@ inline void store(Float16* p, Pair v) {
 }
 inline void store(BFloat16* p, Pair v) { _mm512_storeu_si512(p, to_bfloat16(v)); }
 
+// Masks of the first `count` lanes.
+inline __mmask32 first_lanes(int64_t count) { return (uint32_t(1) << count) - 1; }
+
+inline Pair load_first(const float* p, int64_t count) {
+  const __mmask32 mask = first_lanes(count);
+  return {
+      _mm512_maskz_loadu_ps((__mmask16)mask, p),
+      _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), p + 16)};
+}
+inline Pair load_first(const Float16* p, int64_t count) {
+  const __m512i bits = _mm512_maskz_loadu_epi16(first_lanes(count), p);
+  return {
+      _mm512_cvtph_ps(_mm512_castsi512_si256(bits)),
+      _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1))};
+}
+inline Pair load_first(const BFloat16* p, int64_t count) {
+  const __m512i bits = _mm512_maskz_loadu_epi16(first_lanes(count), p);
+  return {
+      from_bfloat16(_mm512_castsi512_si256(bits)),
+      from_bfloat16(_mm512_extracti64x4_epi64(bits, 1))};
+}
+inline void store_first(float* p, Pair v, int64_t count) {
+  const __mmask32 mask = first_lanes(count);
+  _mm512_mask_storeu_ps(p, (__mmask16)mask, v.lo);
+  _mm512_mask_storeu_ps(p + 16, (__mmask16)(mask >> 16), v.hi);
+}
+inline void store_first(Float16* p, Pair v, int64_t count) {
+  _mm512_mask_storeu_epi16(p, first_lanes(count), to_float16(v));
+}
+inline void store_first(BFloat16* p, Pair v, int64_t count) {
+  _mm512_mask_storeu_epi16(p, first_lanes(count), to_bfloat16(v));
+}
+
 inline void stream(float* p, Pair v) {
   _mm512_stream_ps(p, v.lo);
   _mm512_stream_ps(p + 16, v.hi);
 }
-inline void stream(Float16* p, Pair v) {
-  const __m256i lo = _mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT);
-  const __m256i hi = _mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT);
-  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1));
-}
+inline void stream(Float16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_float16(v)); }
 inline void stream(BFloat16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_bfloat16(v)); }
 inline void stream_end() { _mm_sfence(); }
 

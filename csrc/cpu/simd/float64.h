@@ -60,3 +60,5 @@ inline Pair round_to(Pair v) {
 
 }  // namespace
 }  // namespace coreai_torch
+
+#include "cpu/simd/first.h"

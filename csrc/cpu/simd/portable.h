@@ -51,3 +51,5 @@ inline Pair round_to(Pair v) {
 
 }  // namespace
 }  // namespace coreai_torch
+
+#include "cpu/simd/first.h"

@@ -10,6 +10,9 @@
 //   load(const T*) -> Pair     reads Pair::kLanes elements of type T, exact
 //   store(T*, Pair)            rounds to T (to nearest, ties to even) and writes them
 //   round_to<T>(Pair) -> Pair  rounds to T and back
+//   load_first(const T*, n), store_first(T*, Pair, n)
+//                              the first n < Pair::kLanes elements only; the other lanes load as
+//                              zero
 //   stream(T*, Pair)           like store, past the caches; the address is a multiple of 64 bytes
 //   stream_end()               makes streamed stores visible to other threads
 //   kForwardRows               rows normalised together, as many as the registers hold
