@@ -70,7 +70,8 @@ class CMakeBuild(build_ext):
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
         arguments += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        print(f"coreai_torch: torch {torch.__version__}, {options['CMAKE_BUILD_TYPE']} build, CPU only")
+        kind = options["CMAKE_BUILD_TYPE"]
+        print(f"coreai_torch: torch {torch.__version__}, {kind} build, CPU only")
         print("coreai_torch: cmake", *arguments, flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         subprocess.check_call(
