@@ -180,8 +180,8 @@ def train_step(lane: Lane, batch: Batch, lr: float, clip: float) -> float:
 def train(lanes: Sequence[Lane], data: Tensor, cfg: Config, args: argparse.Namespace) -> None:
     """Takes all lanes from where they are to the last step.
 
-    Lanes take turns step by step, and the order rotates: a busy neighbour or a clock that slows
-    down with heat costs all of them the same.
+    Lanes take turns step by step, and the order rotates: a busy neighbour, or a clock that slows
+    down with heat, does not hit one of them alone.
     """
     first, last = len(lanes[0].losses), min(cfg.steps, args.stop_at or cfg.steps)
     bar = tqdm(range(first, last), initial=first, total=cfg.steps, unit="step")
@@ -444,9 +444,8 @@ def verdict(lanes: Sequence[Lane], cfg: Config) -> bool:
     if problems:
         print("The losses do not agree.", *problems, sep="\n")
     else:
-        print(
-            f"The losses agree within {cfg.dtype} rounding at each of {len(lanes[0].losses)} steps."
-        )
+        steps = len(lanes[0].losses)
+        print(f"The losses agree within {cfg.dtype} rounding at each of {steps} steps.")
     return not problems
 
 
