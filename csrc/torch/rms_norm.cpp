@@ -125,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
     const at::Tensor scaled = grad * scale.to(type);
     const at::Tensor mean_dot = (scaled * normalized).mean(-1, /*keepdim=*/true);
     grad_input = ((scaled - normalized * mean_dot) * rstd).to(input.scalar_type());
-    // The strides that the kernels give; clone() because the product may have them already.
+    // The strides that the kernels give.
     const at::Tensor layout = at::empty_like(input);
     if (grad_input.strides() != layout.strides()) grad_input = layout.copy_(grad_input);
   }
