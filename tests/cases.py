@@ -51,15 +51,26 @@ def oracle(
 def assert_as_accurate_as_reference(
     input: Tensor, scale: Tensor, grad_output: Tensor, eps: float = 1e-5
 ) -> None:
-    """The accuracy bar: against the oracle, our mean error is at most 1.05 and our largest at most
-    1.5 times that of the eager reference.
-
-    Below one unit in the last place of the exact result's largest element in float32, an error of
-    the reference's is luck: there, and where there are few elements to take a mean over, the bar is
-    that unit.
-    """
+    """The accuracy bar, for the op on the device of its arguments."""
     grad_output = grad_output.to(reference.rms_norm(input, scale, eps).dtype)
     ours = with_gradients(ops.rms_norm, input, scale, grad_output, eps)
+    assert_accurate(ours, input, scale, grad_output, eps)
+
+
+def assert_accurate(
+    ours: tuple[Tensor, Tensor, Tensor],
+    input: Tensor,
+    scale: Tensor,
+    grad_output: Tensor,
+    eps: float = 1e-5,
+) -> None:
+    """The accuracy bar, of output, gradient of the input and gradient of the scale: against the
+    oracle, our mean error is at most 1.05 and our largest at most 1.5 times that of the eager
+    reference.
+
+    Means of few samples are given room for chance. Samples are the elements where rounding to the
+    result's dtype decides; in float32 they are the rows, since a row shares the error of its rstd.
+    """
     theirs = with_gradients(reference.rms_norm, input, scale, grad_output, eps)
     exact = oracle(input, scale, grad_output, eps)
     for name, a, b, c in zip(
@@ -73,7 +84,10 @@ def assert_as_accurate_as_reference(
         assert torch.equal(a.isnan(), b.isnan()), f"{name}: NaN in other places"
         error_of = lambda value, c=c, finite=finite: (value.double() - c)[finite].abs()  # noqa: E731
         error, error_of_reference = error_of(a), error_of(b)
-        noise = finite.sum().item() ** -0.5
+        samples = finite.sum().item()
+        if a.dtype == torch.float32:
+            samples = min(samples, input.numel() // input.shape[-1])
+        noise = max(samples, 1) ** -0.5
         assert error.mean() <= (1.05 + 2 * noise) * error_of_reference.mean(), (
             f"{name}: mean error {error.mean():.3e}, reference {error_of_reference.mean():.3e}"
         )

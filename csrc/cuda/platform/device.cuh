@@ -1,0 +1,184 @@
+// All that the kernels use of the machine beyond the CUDA language itself, for nvcc.
+// tests/simt/platform/device.cuh has the same names for the CPU; the include path decides.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "coreai_torch/dtype.h"
+
+namespace coreai_torch {
+
+// Dynamic shared memory is the only kind that the kernels use.
+#define COREAI_TORCH_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+
+// ---- conversions -------------------------------------------------------------------------------
+
+__device__ __forceinline__ float to_float(Float16 value) {
+  return __half2float(__ushort_as_half(value.bits));
+}
+__device__ __forceinline__ float to_float(BFloat16 value) {
+  return __uint_as_float(uint32_t(value.bits) << 16);
+}
+
+// Two 16-bit numbers in a word, the first in the lower half.
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t word);
+template <>
+__device__ __forceinline__ float2 unpack2<Float16>(uint32_t word) {
+  __half2 pair;
+  memcpy(static_cast<void*>(&pair), &word, sizeof(word));
+  return __half22float2(pair);
+}
+template <>
+__device__ __forceinline__ float2 unpack2<BFloat16>(uint32_t word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float first, float second);
+template <>
+__device__ __forceinline__ uint32_t pack2<Float16>(float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  uint32_t word;
+  memcpy(&word, static_cast<const void*>(&pair), sizeof(word));
+  return word;
+}
+template <>
+__device__ __forceinline__ uint32_t pack2<BFloat16>(float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  uint32_t word;
+  memcpy(&word, static_cast<const void*>(&pair), sizeof(word));
+  return word;
+}
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+
+__device__ __forceinline__ float reciprocal_sqrt(float value) { return rsqrtf(value); }
+__device__ __forceinline__ double reciprocal_sqrt(double value) { return rsqrt(value); }
+
+// ---- memory ------------------------------------------------------------------------------------
+
+// Reads of what this launch reads once: not kept in L1. Unit is an unsigned integer or Word16.
+struct alignas(16) Word16 {
+  uint32_t words[4];
+};
+
+__device__ __forceinline__ Word16 load_streaming(const Word16* p) {
+  Word16 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(p));
+  return v;
+}
+template <class Unit>
+__device__ __forceinline__ Unit load_streaming(const Unit* p) {
+  return __ldg(p);
+}
+
+// Reads of what other rows read too.
+__device__ __forceinline__ Word16 load_cached(const Word16* p) {
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
+template <class Unit>
+__device__ __forceinline__ Unit load_cached(const Unit* p) {
+  return __ldg(p);
+}
+
+__device__ __forceinline__ void store_streaming(Word16* p, const Word16& v) {
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]),
+               "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
+               : "memory");
+}
+template <class Unit>
+__device__ __forceinline__ void store_streaming(Unit* p, Unit v) {
+  *p = v;
+}
+
+// ---- clusters of blocks ------------------------------------------------------------------------
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n\t"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+// Writes to the place in block `rank` of the cluster that `p` is in this block's shared memory.
+__device__ __forceinline__ void cluster_store(float* p, unsigned rank, float value) {
+  const uint32_t here = static_cast<uint32_t>(__cvta_generic_to_shared(p));
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+}
+#else  // compiled, but supports_clusters() says no
+constexpr bool kHasClusters = false;
+
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ void cluster_store(float*, unsigned, float) {}
+#endif
+
+// ---- host --------------------------------------------------------------------------------------
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  return cudaDeviceGetAttribute(&value, name, device) == cudaSuccess ? value : 0;
+}
+inline int multiprocessors(int device) {
+  const int count = attribute(cudaDevAttrMultiProcessorCount, device);
+  return count > 0 ? count : 1;
+}
+// Can the kernel run in clusters there? The card must have them, and the code that was loaded must
+// have been compiled for one that has: PTX of an older target runs on newer cards too.
+template <class Args>
+bool supports_clusters(int device, void (*kernel)(Args)) {
+  cudaFuncAttributes attributes;
+  return attribute(cudaDevAttrClusterLaunch, device) != 0 &&
+         cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+inline cudaError_t fill_zero(void* p, size_t bytes, cudaStream_t stream) {
+  return cudaMemsetAsync(p, 0, bytes, stream);
+}
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  cudaStream_t stream;
+  int cluster = 1;  // blocks in a cluster
+};
+
+template <class Args>
+cudaError_t launch(const Launch& how, void (*kernel)(Args), const Args& args) {
+  if (how.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = how.shared_bytes;
+  config.stream = how.stream;
+  cudaLaunchAttribute cluster;
+  if (how.cluster > 1) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+}  // namespace coreai_torch

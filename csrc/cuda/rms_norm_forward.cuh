@@ -1,0 +1,224 @@
+// RMSNorm forward: kernels, and which of them runs.
+#pragma once
+
+#include "alignment.cuh"
+#include "rms_norm_dtypes.cuh"
+#include "row_layout.cuh"
+#include "widths.cuh"
+
+namespace coreai_torch {
+
+struct ForwardArgs {
+  const void* input;
+  const void* scale;
+  void* output;
+  int64_t dim;
+  int64_t first_row;  // of this launch
+  double eps;
+  RowLayout<2> layout;  // input, output
+};
+
+// Writes one access of the output.
+template <class Input, class Scale, int N>
+__device__ __forceinline__ void write_normalized(
+    const Pack<Input, N>& input, const Pack<Scale, N>& scale, Accumulate<Input> rstd,
+    Output<Input, Scale>* output) {
+  Accumulate<Input> x[N];
+  input.unpack(x);
+#pragma unroll
+  for (int e = 0; e < N; ++e) x[e] *= rstd;
+  if constexpr (kRoundsNormalized<Input, Scale>) {
+    Pack<Input, N> rounded;
+    rounded.pack(x);
+    rounded.unpack(x);
+  }
+  Accumulate<Scale> w[N];
+  scale.unpack(w);
+#pragma unroll
+  for (int e = 0; e < N; ++e) x[e] *= w[e];
+  Pack<Output<Input, Scale>, N> result;
+  result.pack(x);
+  result.store_streaming(output);
+}
+
+template <class T, int N>
+__device__ __forceinline__ Accumulate<T> sum_of_squares(const Pack<T, N>& pack) {
+  Accumulate<T> x[N];
+  pack.unpack(x);
+  Accumulate<T> sum = x[0] * x[0];
+#pragma unroll
+  for (int e = 1; e < N; ++e) sum = fma(x[e], x[e], sum);
+  return sum;
+}
+
+template <class Number>
+__device__ __forceinline__ Number rstd_of(Number squares, int64_t dim, double eps) {
+  return reciprocal_sqrt(squares / Number(dim) + Number(eps));
+}
+
+// A row is read once and stays packed in registers between its reduction and its output.
+template <class Input, class Scale, int N, class W>
+__global__ void __launch_bounds__(W::kBlock, 1024 / W::kBlock)
+    rms_norm_forward_rows(const __grid_constant__ ForwardArgs args) {
+  constexpr int threads = W::kRowThreads;
+  constexpr int accesses = W::kAccesses;
+  constexpr int cluster = W::kCluster;
+  if constexpr (cluster > 1 && !kHasClusters) {
+    return;
+  } else {
+    COREAI_TORCH_SHARED_MEMORY(shared);
+    const int lane = threadIdx.x % threads;
+    const int rank = cluster > 1 ? int(cluster_rank()) : 0;
+    const int dim = int(args.dim);
+    const int64_t row =
+        args.first_row + int64_t(blockIdx.x / cluster) * W::kBlockRows + threadIdx.x / threads;
+    const bool live = row < args.layout.rows;
+    int64_t offset[2];
+    args.layout.offsets(live ? row : 0, offset);
+    const auto column = [=](int i) { return ((i * cluster + rank) * threads + lane) * N; };
+
+    const Input* input = static_cast<const Input*>(args.input) + offset[0];
+    Pack<Input, N> x[accesses];
+#pragma unroll
+    for (int i = 0; i < accesses; ++i) {
+      if (live && column(i) < dim) x[i].load_streaming(input + column(i));
+    }
+    // The scale is fetched while the row is under way, where registers allow.
+    constexpr bool scale_first = N > 1 && accesses * Pack<Scale, N>::kBytes <= 64;
+    const Scale* scale =
+        static_cast<const Scale*>(args.scale) + args.layout.group_of(live ? row : 0) * args.dim;
+    Pack<Scale, N> w[accesses];
+    if constexpr (scale_first) {
+#pragma unroll
+      for (int i = 0; i < accesses; ++i) {
+        if (column(i) < dim) w[i].load_cached(scale + column(i));
+      }
+    }
+
+    float sum[1] = {0};
+#pragma unroll
+    for (int i = 0; i < accesses; ++i) sum[0] += sum_of_squares(x[i]);
+    if constexpr (cluster > 1) cluster_sync();  // the other blocks have started
+    row_sum<threads, cluster>(sum, reinterpret_cast<float*>(shared));
+    if (!live) return;
+
+    const float rstd = rstd_of(sum[0], args.dim, args.eps);
+    auto* output = static_cast<Output<Input, Scale>*>(args.output) + offset[1];
+#pragma unroll
+    for (int i = 0; i < accesses; ++i) {
+      if (column(i) >= dim) continue;
+      if constexpr (!scale_first) w[i].load_cached(scale + column(i));
+      write_normalized(x[i], w[i], rstd, output + column(i));
+    }
+  }
+}
+
+// Any width: a block walks along its row twice, the second time mostly in the L2 cache.
+constexpr int kWideBlock = 1024;
+constexpr int kWideBatch = 4;  // accesses of a thread under way at once
+
+template <class Input, class Scale, int N>
+__global__ void __launch_bounds__(kWideBlock)
+    rms_norm_forward_wide(const __grid_constant__ ForwardArgs args) {
+  using Number = Accumulate<Input>;
+  COREAI_TORCH_SHARED_MEMORY(shared);
+  const int64_t row = args.first_row + blockIdx.x;
+  int64_t offset[2];
+  args.layout.offsets(row, offset);
+  const Input* input = static_cast<const Input*>(args.input) + offset[0];
+  constexpr int64_t step = int64_t(kWideBlock) * N;
+
+  Number sum[1] = {0};
+#pragma unroll kWideBatch
+  for (int64_t c = threadIdx.x * N; c < args.dim; c += step) {
+    Pack<Input, N> x;
+    x.load_cached(input + c);
+    sum[0] += sum_of_squares(x);
+  }
+  row_sum<kWideBlock, 1>(sum, reinterpret_cast<Number*>(shared));
+
+  const Number rstd = rstd_of(sum[0], args.dim, args.eps);
+  const Scale* scale = static_cast<const Scale*>(args.scale) + args.layout.group_of(row) * args.dim;
+  auto* output = static_cast<Output<Input, Scale>*>(args.output) + offset[1];
+#pragma unroll 1
+  for (int64_t first = threadIdx.x * N; first < args.dim; first += kWideBatch * step) {
+    Pack<Input, N> x[kWideBatch];
+#pragma unroll
+    for (int i = 0; i < kWideBatch; ++i) {
+      if (first + i * step < args.dim) x[i].load_streaming(input + first + i * step);
+    }
+#pragma unroll
+    for (int i = 0; i < kWideBatch; ++i) {
+      const int64_t column = first + i * step;
+      if (column >= args.dim) break;
+      Pack<Scale, N> w;
+      w.load_cached(scale + column);
+      write_normalized(x[i], w, rstd, output + column);
+    }
+  }
+}
+
+// ---- host --------------------------------------------------------------------------------------
+
+constexpr int64_t kMaxBlocks = 0x7fffffff;  // of a launch
+
+// Launches over all rows, `rows_at_once` of them with `how.cluster` blocks.
+template <class Args>
+cudaError_t launch_over_rows(
+    Launch how, void (*kernel)(Args), Args args, int64_t rows, int64_t rows_at_once) {
+  const int64_t most = kMaxBlocks / how.cluster * rows_at_once;
+  for (int64_t first = 0; first < rows; first += most) {
+    const int64_t left = rows - first < most ? rows - first : most;
+    how.blocks = (left + rows_at_once - 1) / rows_at_once * how.cluster;
+    args.first_row = first;
+    if (const cudaError_t error = launch(how, kernel, args); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template <class Input, class Scale, int N, class Candidates>
+cudaError_t forward_with_access(const ForwardArgs& args, int device, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  const int64_t accesses = (args.dim + N - 1) / N;
+  const bool done = with_width(Candidates{}, accesses, [&](auto width) {
+    using W = decltype(width);
+    constexpr auto kernel = rms_norm_forward_rows<Input, Scale, N, W>;
+    if (W::kCluster > 1 && !supports_clusters(device, kernel)) return false;
+    constexpr size_t shared =
+        sizeof(float) * kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 1>;
+    error = launch_over_rows(
+        {0, W::kBlock, shared, stream, W::kCluster}, kernel, args, args.layout.rows, W::kBlockRows);
+    return true;
+  });
+  if (done) return error;
+  constexpr size_t shared = sizeof(Accumulate<Input>) * kRowSumBuffer<kWideBlock, kWideBlock, 1, 1>;
+  return launch_over_rows(
+      {0, kWideBlock, shared, stream}, rms_norm_forward_wide<Input, Scale, N>, args,
+      args.layout.rows, 1);
+}
+
+template <class Input, class Scale>
+cudaError_t rms_norm_forward(const RmsNormForward& call, int device, cudaStream_t stream) {
+  const RmsNormShape& shape = call.shape;
+  const ForwardArgs args = {
+      call.input,
+      call.scale,
+      call.output,
+      shape.dim,
+      0,
+      shape.eps,
+      RowLayout<2>(shape, {call.input_strides, call.output_strides})};
+  if constexpr (kHasRowKernels<Input>) {
+    constexpr int N = kAccessElements<Input>;
+    if (shape.dim % N == 0 && is_aligned<Input, N>(shape, call.input, call.input_strides) &&
+        is_aligned<Scale, N>(call.scale) &&
+        is_aligned<Output<Input, Scale>, N>(shape, call.output, call.output_strides)) {
+      return forward_with_access<Input, Scale, N, ForwardWidths>(args, device, stream);
+    }
+    return forward_with_access<Input, Scale, 1, ForwardElementWidths>(args, device, stream);
+  } else {
+    return forward_with_access<Input, Scale, 1, Widths<>>(args, device, stream);
+  }
+}
+
+}  // namespace coreai_torch

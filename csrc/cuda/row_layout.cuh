@@ -1,0 +1,93 @@
+// Where rows begin: row number -> offsets of that row in every operand.
+#pragma once
+
+#include "coreai_torch/rms_norm_cuda.h"
+#include "device.cuh"
+
+namespace coreai_torch {
+
+// Division by a number known at launch. For dividends below 2^31 it is a multiplication and a shift
+// (Granlund & Montgomery 1994, "Division by invariant integers using multiplication").
+struct Divisor {
+  int64_t value = 1;
+  uint32_t multiplier = 1;
+  uint32_t shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(int64_t d) : value(d) {
+    if (d >= int64_t(1) << 31) return;  // never asked for a quotient by multiplication
+    while ((uint64_t(1) << shift) < uint64_t(d)) ++shift;
+    multiplier = uint32_t((uint64_t(1) << 32) * ((uint64_t(1) << shift) - d) / d + 1);
+  }
+};
+
+struct QuotientRemainder {
+  int64_t quotient;
+  int64_t remainder;
+};
+
+__device__ __forceinline__ QuotientRemainder divide(int64_t n, const Divisor& d, bool narrow) {
+  if (narrow) {
+    const uint32_t low = uint32_t(n);
+    const uint32_t high = uint32_t((uint64_t(low) * d.multiplier) >> 32);
+    const uint32_t quotient = (high + low) >> d.shift;
+    return {quotient, low - quotient * uint32_t(d.value)};
+  }
+  const int64_t quotient = n / d.value;
+  return {quotient, n - quotient * d.value};
+}
+
+// The rows of up to three operands of the same sizes, and which row of the scale belongs to each.
+template <int operands>
+struct RowLayout {
+  int64_t rows;
+  bool narrow;  // fewer than 2^31 rows: divide by multiplication
+  int ndim;
+  Divisor sizes[kMaxRowDimsCuda];
+  int64_t strides[operands][kMaxRowDimsCuda];
+  int64_t groups;
+  Divisor group_count;
+  Divisor inner;
+
+  RowLayout(const RmsNormShape& shape, const int64_t* const (&operand_strides)[operands])
+      : rows(shape.rows),
+        narrow(shape.rows < int64_t(1) << 31),
+        ndim(shape.row_ndim),
+        groups(shape.groups),
+        group_count(shape.groups),
+        inner(shape.inner) {
+    for (int d = 0; d < ndim; ++d) {
+      sizes[d] = Divisor(shape.row_sizes[d]);
+      for (int k = 0; k < operands; ++k) strides[k][d] = operand_strides[k][d];
+    }
+  }
+
+  __device__ __forceinline__ void offsets(int64_t row, int64_t (&offset)[operands]) const {
+#pragma unroll
+    for (int k = 0; k < operands; ++k) offset[k] = 0;
+#pragma unroll 1
+    for (int d = ndim - 1; d > 0; --d) {
+      const QuotientRemainder index = divide(row, sizes[d], narrow);
+#pragma unroll
+      for (int k = 0; k < operands; ++k) offset[k] += index.remainder * strides[k][d];
+      row = index.quotient;
+    }
+#pragma unroll
+    for (int k = 0; k < operands; ++k) offset[k] += row * strides[k][0];
+  }
+
+  // The row of the scale that multiplies this row.
+  __device__ __forceinline__ int64_t group_of(int64_t row) const {
+    if (groups == 1) return 0;
+    return divide(divide(row, inner, narrow).quotient, group_count, narrow).remainder;
+  }
+
+  // The k-th of the rows that the scale's row `group` multiplies.
+  __device__ __forceinline__ int64_t row_of_group(int64_t group, int64_t k) const {
+    if (groups == 1) return k;
+    const QuotientRemainder index = divide(k, inner, narrow);
+    return (index.quotient * groups + group) * inner.value + index.remainder;
+  }
+};
+
+}  // namespace coreai_torch

@@ -1,0 +1,23 @@
+// What tests/simt_device.py calls.
+#include "coreai_torch/rms_norm_cuda.h"
+#include "platform/device.cuh"
+
+using namespace coreai_torch;
+
+extern "C" {
+
+int simt_rms_norm_forward(const RmsNormForward* args) {
+  return rms_norm_forward_cuda(*args, 0, nullptr);
+}
+int64_t simt_rms_norm_backward_workspace(const RmsNormBackward* args) {
+  return rms_norm_backward_workspace_cuda(*args, 0);
+}
+int simt_rms_norm_backward(const RmsNormBackward* args) {
+  return rms_norm_backward_cuda(*args, 0, nullptr);
+}
+
+void simt_set_card(int multiprocessors, int clusters) { card = {multiprocessors, clusters != 0}; }
+const char* simt_last_error() { return last_error ? last_error : ""; }
+int simt_launches() { return launches; }
+
+}  // extern "C"
