@@ -10,7 +10,9 @@ TORCH ?= torch==2.13.0
 
 NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help demo test test-slow test-cpp test-aarch64 bench lint format clean
+CPP_FILES = $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help demo test test-slow test-cpp test-cuda test-aarch64 bench bench-cuda lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +33,13 @@ test-cpp: $(INSTALLED)  ## the framework-free library's own tests
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
+test-cuda: $(INSTALLED)  ## the tests on a CUDA card, a few of them under compute-sanitizer
+	$(BIN)/python -m pytest -q tests/test_cuda.py
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda.py \
+	  -k "test_layouts or test_heads or (test_accuracy and bfloat16-float32)"
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda.py \
+	  -k "test_the_same_bits"
+
 test-aarch64:  ## the C++ tests on aarch64, cross-compiled and emulated
 	cmake -S . -B build/aarch64 -G Ninja --toolchain cmake/aarch64-linux-gnu.cmake \
 	  -DCOREAI_TORCH_WERROR=ON > /dev/null
@@ -41,16 +50,19 @@ bench: $(INSTALLED)  ## measure against PyTorch and write benchmarks/results/
 	$(BIN)/python benchmarks/bench_rms_norm.py --json benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
 
+bench-cuda: $(INSTALLED)  ## measure on a CUDA card and write benchmarks/results/cuda.{json,md}
+	$(BIN)/python benchmarks/bench_rms_norm_cuda.py --json benchmarks/results/cuda.json
+
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
 	$(BIN)/mypy
 
 format: $(INSTALLED)  ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:  ## remove what was built
 	rm -rf build dist runs *.egg-info coreai_torch/*.so coreai_torch/_build_torch_version

@@ -13,3 +13,12 @@ target_compile_definitions(coreai_torch_libtorch INTERFACE
   _GLIBCXX_USE_CXX11_ABI=${TORCH_CXX11_ABI})
 target_link_directories(coreai_torch_libtorch INTERFACE ${TORCH_LIBRARY_DIRS})
 target_link_libraries(coreai_torch_libtorch INTERFACE torch_cpu c10)
+
+# The current stream comes from libtorch_cuda, which a torch without CUDA does not have.
+if(COREAI_TORCH_CUDA)
+  find_library(COREAI_TORCH_LIBTORCH_CUDA torch_cuda PATHS ${TORCH_LIBRARY_DIRS} NO_DEFAULT_PATH)
+  if(COREAI_TORCH_LIBTORCH_CUDA)
+    target_link_libraries(coreai_torch_libtorch INTERFACE
+      -Wl,--no-as-needed ${COREAI_TORCH_LIBTORCH_CUDA} -Wl,--as-needed)
+  endif()
+endif()

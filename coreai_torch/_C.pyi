@@ -3,7 +3,8 @@ from typing import TypedDict
 class BuildInfo(TypedDict):
     compiler: str
     build_type: str
-    cuda: bool
+    cuda_version: str | None  # of the toolkit; None where CUDA kernels were not built
+    cuda_architectures: str | None  # as CMake writes them, for example 80-real;90
 
 def build_info() -> BuildInfo: ...
 def cpu_levels() -> list[tuple[str, bool]]: ...

@@ -30,8 +30,31 @@ def _kernels() -> str:
     from . import _C
 
     info = _C.build_info()
-    cuda = "CPU and CUDA" if info["cuda"] else "CPU"
-    return f"{cuda}; {info['compiler']}, {info['build_type']}; {_C.__file__}"
+    return f"{info['compiler']}, {info['build_type']}; {_C.__file__}"
+
+
+def _cuda() -> str:
+    import torch
+
+    from . import _C
+
+    info = _C.build_info()
+    if info["cuda_version"] is None:
+        if torch.version.cuda is None:
+            return "no CUDA kernels built; torch has no CUDA either"
+        raise RuntimeError(
+            "torch has CUDA, but coreai_torch was built without CUDA kernels. Install the CUDA "
+            f"toolkit {torch.version.cuda}, put its nvcc on PATH, and build again"
+        )
+    built = f"CUDA {info['cuda_version']}, architectures {info['cuda_architectures']}"
+    if torch.version.cuda is None:
+        return f"{built}; torch has no CUDA"
+    cards = [
+        f"{torch.cuda.get_device_name(i)} (compute capability "
+        f"{'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    ]
+    return f"{built}; {', '.join(cards) or 'no card found'}"
 
 
 def _cpu_levels() -> str:
@@ -70,6 +93,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "python": lambda: f"{platform.python_version()} on {platform.platform()}",
     "torch": _torch,
     "kernels": _kernels,
+    "CUDA": _cuda,
     "CPU levels": _cpu_levels,
     "RMSNormImpl": _rms_norm_impl,
     "converter": _converter,

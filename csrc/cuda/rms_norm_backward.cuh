@@ -118,19 +118,25 @@ __device__ __forceinline__ void write_grad_scale(
   }
 }
 
-// Threads of one multiprocessor that the registers have room for: by what a thread holds.
-template <int N, class W>
-constexpr int kBackwardThreads = W::kAccesses * N > 8 || W::kAccesses > 4 ? 512
-                                 : W::kAccesses * N == 8                  ? 768
-                                                                          : 1024;
+// What a thread holds in 32-bit registers: two rows' accesses, the scale, sums of grad_scale.
+template <class Input, class Scale, int N, class W>
+struct BackwardRegisters {
+  static constexpr int kRows = W::kAccesses * 2 * int(sizeof(BackwardAccess<Input, Scale, N>)) / 4;
+  static constexpr int kScale = W::kAccesses * int(sizeof(Pack<Scale, N>)) / 4;
+  static constexpr int kSums = W::kAccesses * N;
 
-template <int N, class W>
-constexpr int kBackwardBlocks = kBackwardThreads<N, W> / W::kBlock;
+  // Where it does not fit, the scale is read anew for each row, from the L1 cache.
+  static constexpr bool kKeepsScale = kRows + kScale + kSums <= 48;
+
+  // Threads that the registers of a multiprocessor have room for.
+  static constexpr int kThreads = N > 1 && kRows + kSums <= 40 ? 640 : 512;
+  static constexpr int kBlocks = kThreads / W::kBlock;
+};
 
 // A block (or cluster) visits every `parts`-th batch of the rows of its group. A row is read once;
 // the next is under way while it is worked on.
 template <class Input, class Scale, int N, class W>
-__global__ void __launch_bounds__(W::kBlock, kBackwardBlocks<N, W>)
+__global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, W>::kBlocks)
     rms_norm_backward_rows(const __grid_constant__ BackwardArgs args) {
   constexpr int threads = W::kRowThreads;
   constexpr int accesses = W::kAccesses;
@@ -145,9 +151,9 @@ __global__ void __launch_bounds__(W::kBlock, kBackwardBlocks<N, W>)
     const int sub = threadIdx.x / threads;
     const int rank = cluster > 1 ? int(cluster_rank()) : 0;
     const int dim = int(args.dim);
-    const int64_t unit = blockIdx.x / cluster;
-    const int64_t group = unit / args.parts;
-    const int64_t part = unit % args.parts;
+    const unsigned parts = unsigned(args.parts);
+    const int64_t group = blockIdx.x / cluster / parts;
+    const int64_t part = blockIdx.x / cluster % parts;
     const int64_t rows = args.rows_of_group();
     const auto column = [=](int i) { return ((i * cluster + rank) * threads + lane) * N; };
 
@@ -171,13 +177,25 @@ __global__ void __launch_bounds__(W::kBlock, kBackwardBlocks<N, W>)
     };
     fetch(part * block_rows + sub);
 
-    Pack<Scale, N> w[accesses];
+    const Scale* scale = static_cast<const Scale*>(args.scale) + group * args.dim;
+    const auto load_scale = [&](int i) {
+      Pack<Scale, N> pack;
+      if (column(i) < dim) pack.load_cached(scale + column(i));
+      return pack;
+    };
+    constexpr bool keeps_scale = BackwardRegisters<Input, Scale, N, W>::kKeepsScale;
+    Pack<Scale, N> kept_scale[keeps_scale ? accesses : 1];
+    const auto scale_of = [&](int i) {
+      if constexpr (keeps_scale) {
+        return kept_scale[i];
+      } else {
+        return load_scale(i);
+      }
+    };
     float grad_scale[accesses][N];
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
-      if (column(i) < dim) {
-        w[i].load_cached(static_cast<const Scale*>(args.scale) + group * args.dim + column(i));
-      }
+      if constexpr (keeps_scale) kept_scale[i] = load_scale(i);
 #pragma unroll
       for (int e = 0; e < N; ++e) grad_scale[i][e] = 0;
     }
@@ -196,7 +214,7 @@ __global__ void __launch_bounds__(W::kBlock, kBackwardBlocks<N, W>)
 
       float sums[2] = {0, 0};
 #pragma unroll
-      for (int i = 0; i < accesses; ++i) now[i].add_to(sums, w[i]);
+      for (int i = 0; i < accesses; ++i) now[i].add_to(sums, scale_of(i));
       row_sum<threads, cluster>(
           sums, buffer + turn * kRowSumBuffer<W::kBlock, threads, cluster, 2>);
       turn ^= 1;
@@ -205,7 +223,7 @@ __global__ void __launch_bounds__(W::kBlock, kBackwardBlocks<N, W>)
 #pragma unroll
       for (int i = 0; i < accesses; ++i) {
         if (args.grad_input && column(i) < dim) {
-          now[i].write_grad_input(statistics, w[i], grad_input + column(i));
+          now[i].write_grad_input(statistics, scale_of(i), grad_input + column(i));
         }
         if (args.grad_scale) now[i].add_to_grad_scale(grad_scale[i], statistics.rstd);
       }
@@ -443,7 +461,8 @@ BackwardPlan plan_with_access(const RmsNormBackward& call, int device) {
     if (W::kCluster > 1 && !supports_clusters(device, rms_norm_backward_rows<Input, Scale, N, W>)) {
       return false;
     }
-    const int64_t resident = processors * kBackwardBlocks<N, W> / W::kCluster;
+    const int64_t resident =
+        processors * BackwardRegisters<Input, Scale, N, W>::kBlocks / W::kCluster;
     plan.parts = parts_of_group(shape, resident, W::kBlockRows);
     plan.run = run_rows<Input, Scale, N, W>;
     return true;

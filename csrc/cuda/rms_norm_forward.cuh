@@ -56,9 +56,13 @@ __device__ __forceinline__ Number rstd_of(Number squares, int64_t dim, double ep
   return reciprocal_sqrt(squares / Number(dim) + Number(eps));
 }
 
+// Blocks of a multiprocessor that the registers have room for.
+template <class W>
+constexpr int kForwardBlocks = W::kBlock == 512 ? 2 : 896 / W::kBlock;
+
 // A row is read once and stays packed in registers between its reduction and its output.
 template <class Input, class Scale, int N, class W>
-__global__ void __launch_bounds__(W::kBlock, 1024 / W::kBlock)
+__global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
     rms_norm_forward_rows(const __grid_constant__ ForwardArgs args) {
   constexpr int threads = W::kRowThreads;
   constexpr int accesses = W::kAccesses;
@@ -84,7 +88,8 @@ __global__ void __launch_bounds__(W::kBlock, 1024 / W::kBlock)
       if (live && column(i) < dim) x[i].load_streaming(input + column(i));
     }
     // The scale is fetched while the row is under way, where registers allow.
-    constexpr bool scale_first = N > 1 && accesses * Pack<Scale, N>::kBytes <= 64;
+    constexpr bool scale_first =
+        N > 1 && W::kBlock < 512 && accesses * Pack<Scale, N>::kBytes <= 64;
     const Scale* scale =
         static_cast<const Scale*>(args.scale) + args.layout.group_of(live ? row : 0) * args.dim;
     Pack<Scale, N> w[accesses];

@@ -40,7 +40,7 @@ using ForwardWidths = Widths<
     Width<512, 4, 8>>;
 
 // Rows that are read element by element, because of an odd width or an unaligned base.
-using ForwardElementWidths = Widths<Width<32, 4>, Width<32, 16>, Width<128, 16>, Width<512, 16>>;
+using ForwardElementWidths = Widths<Width<32, 4>, Width<32, 8>, Width<128, 8>, Width<512, 8>>;
 
 // Backward also holds the next row, and for each column of the row a sum of grad_scale: 16 columns
 // a thread are what the registers have room for.
@@ -55,8 +55,8 @@ struct BackwardWidthsOf<8> {
 template <>
 struct BackwardWidthsOf<4> {
   using Type = Widths<
-      Width<8, 1>, Width<16, 1>, Width<32, 1>, Width<32, 2>, Width<32, 4>, Width<64, 4>,
-      Width<128, 4>, Width<256, 4>, Width<512, 4>, Width<512, 4, 2>, Width<512, 4, 4>,
+      Width<8, 1>, Width<16, 1>, Width<32, 1>, Width<32, 2>, Width<64, 2>, Width<128, 2>,
+      Width<256, 2>, Width<512, 2>, Width<512, 4>, Width<512, 4, 2>, Width<512, 4, 4>,
       Width<512, 4, 8>>;
 };
 template <>

@@ -11,7 +11,13 @@ PYBIND11_MODULE(_C, m) {
     py::dict info;
     info["compiler"] = COREAI_TORCH_COMPILER;
     info["build_type"] = COREAI_TORCH_BUILD_TYPE;
-    info["cuda"] = false;
+#ifdef COREAI_TORCH_CUDA_VERSION
+    info["cuda_version"] = COREAI_TORCH_CUDA_VERSION;
+    info["cuda_architectures"] = COREAI_TORCH_CUDA_ARCHITECTURES;
+#else
+    info["cuda_version"] = py::none();
+    info["cuda_architectures"] = py::none();
+#endif
     return info;
   });
   m.def("cpu_levels", [] {

@@ -136,6 +136,10 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
   return {grad_input, grad_scale};
 }
 
+namespace {
+
+// Fills all of a shape but its row layout. Returns false where the kernels do not take the scale:
+// they take those where row r uses scale row (r / inner) % groups.
 bool describe_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape) {
   // A float64 scale beside a lower input takes its statistics in float32 and its products in
@@ -170,6 +174,13 @@ bool describe_rms_norm(
   return true;
 }
 
+// Fills the row layout of `shape` and the row strides of each operand, all of the same sizes, with
+// as few row dimensions as the strides allow.
+struct RowOperand {
+  at::IntArrayRef strides;
+  int64_t* row_strides;
+};
+
 void describe_rows(
     at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape) {
   int ndim = 0;
@@ -196,13 +207,105 @@ void describe_rows(
   shape->row_ndim = ndim;
 }
 
+bool has_adjacent_rows(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
+}
+
+// `tensor` itself where the elements of a row are adjacent in memory, else a copy in which they are
+// and in which expanded dimensions stay expanded.
 at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
-  if (tensor.size(-1) <= 1 || tensor.stride(-1) == 1) return tensor;
+  if (has_adjacent_rows(tensor)) return tensor;
   at::Tensor base = tensor;
   for (int64_t d = 0; d < tensor.dim() - 1; ++d) {
     if (tensor.stride(d) == 0 && tensor.size(d) > 1) base = base.narrow(d, 0, 1);
   }
   return base.contiguous().expand(tensor.sizes());
+}
+
+}  // namespace
+
+at::Tensor fused_rms_norm(
+    const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormKernels& kernels) {
+  check_rms_norm(input, scale, eps);
+  RmsNormForward args;
+  if (!describe_rms_norm(input, scale, eps, &args.shape)) {
+    return composite_rms_norm(input, scale, eps);
+  }
+  const at::Tensor output = at::empty_like(
+      input, input.options().dtype(rms_norm_output_type(input.scalar_type(), scale.scalar_type())));
+  at::Tensor x = with_adjacent_rows(input);
+  at::Tensor y = has_adjacent_rows(output) ? output : at::empty(output.sizes(), output.options());
+  const auto describe = [&] {
+    describe_rows(
+        input.sizes(), {{x.strides(), args.input_strides}, {y.strides(), args.output_strides}},
+        &args.shape);
+  };
+  describe();
+  if (args.shape.row_ndim > kernels.max_row_dims) {
+    x = x.contiguous();
+    if (!y.is_contiguous()) y = at::empty(output.sizes(), output.options());
+    describe();
+  }
+  const at::Tensor w = scale.contiguous();
+  args.input = x.const_data_ptr();
+  args.scale = w.const_data_ptr();
+  args.output = y.mutable_data_ptr();
+  kernels.forward(args, input);
+  if (!y.is_same(output)) output.copy_(y);
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    std::array<bool, 2> output_mask, const RmsNormKernels& kernels) {
+  check_rms_norm_backward(grad_output, input, scale, eps);
+  RmsNormBackward args;
+  if (!describe_rms_norm(input, scale, eps, &args.shape)) {
+    return composite_rms_norm_backward(grad_output, input, scale, eps, output_mask);
+  }
+  const at::Tensor grad_input =
+      output_mask[0] ? at::empty_like(input) : at::empty({0}, input.options());
+  const at::Tensor grad_scale =
+      at::empty(output_mask[1] ? scale.sizes() : at::IntArrayRef{0}, scale.options());
+  if (!output_mask[0] && !output_mask[1]) return {grad_input, grad_scale};
+
+  at::Tensor dy = with_adjacent_rows(grad_output);
+  at::Tensor x = with_adjacent_rows(input);
+  at::Tensor dx;  // where the kernels write: grad_input, or something that is copied to it
+  if (output_mask[0]) {
+    dx = has_adjacent_rows(grad_input) ? grad_input : at::empty(input.sizes(), input.options());
+  }
+  const auto describe = [&] {
+    describe_rows(
+        input.sizes(),
+        {{dy.strides(), args.grad_output_strides},
+         {x.strides(), args.input_strides},
+         {output_mask[0] ? dx.strides() : x.strides(), args.grad_input_strides}},
+        &args.shape);
+  };
+  describe();
+  if (args.shape.row_ndim > kernels.max_row_dims) {
+    dy = dy.contiguous();
+    x = x.contiguous();
+    if (output_mask[0] && !dx.is_contiguous()) dx = at::empty(input.sizes(), input.options());
+    describe();
+  }
+  const at::Tensor w = scale.contiguous();
+  args.grad_output = dy.const_data_ptr();
+  args.input = x.const_data_ptr();
+  args.scale = w.const_data_ptr();
+  args.grad_input = output_mask[0] ? dx.mutable_data_ptr() : nullptr;
+  args.grad_scale = output_mask[1] ? grad_scale.mutable_data_ptr() : nullptr;
+  at::Tensor workspace;
+  if (const int64_t bytes = kernels.backward_workspace(args, input); bytes > 0) {
+    workspace = at::empty({bytes}, input.options().dtype(at::kByte));
+    args.workspace = workspace.mutable_data_ptr();
+  } else {
+    args.workspace = nullptr;
+  }
+  kernels.backward(args, input);
+  if (output_mask[0] && !dx.is_same(grad_input)) grad_input.copy_(dx);
+  return {grad_input, grad_scale};
 }
 
 }  // namespace coreai_torch

@@ -27,22 +27,19 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask);
 
-// Fills all of a shape but its row layout. Returns false where the kernels do not take the scale:
-// they take those where row r uses scale row (r / inner) % groups.
-bool describe_rms_norm(
-    const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape);
-
-// Fills the row layout of `shape` and the row strides of each operand, all of the same sizes, with
-// as few row dimensions as the strides allow.
-struct RowOperand {
-  at::IntArrayRef strides;
-  int64_t* row_strides;
+// The kernels of a device.
+struct RmsNormKernels {
+  int max_row_dims;  // of a shape
+  void (*forward)(const RmsNormForward& args, const at::Tensor& input);
+  int64_t (*backward_workspace)(const RmsNormBackward& args, const at::Tensor& input);  // bytes
+  void (*backward)(const RmsNormBackward& args, const at::Tensor& input);
 };
-void describe_rows(
-    at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape);
 
-// `tensor` itself where the elements of a row are adjacent in memory, else a copy in which they are
-// and in which expanded dimensions stay expanded.
-at::Tensor with_adjacent_rows(const at::Tensor& tensor);
+// Check, allocate, describe, call the kernels. What no kernel takes runs in ATen operations.
+at::Tensor fused_rms_norm(
+    const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormKernels& kernels);
+std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    std::array<bool, 2> output_mask, const RmsNormKernels& kernels);
 
 }  // namespace coreai_torch

@@ -80,10 +80,14 @@ __device__ __forceinline__ Unit load_streaming(const Unit* p) {
   return __ldg(p);
 }
 
-// Reads of what other rows read too.
+// Reads of what other rows read too. Like the above it happens where it is written: the compiler
+// would move it out of a loop, into registers that are not there.
 __device__ __forceinline__ Word16 load_cached(const Word16* p) {
-  const uint4 v = __ldg(reinterpret_cast<const uint4*>(p));
-  return {{v.x, v.y, v.z, v.w}};
+  Word16 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(p));
+  return v;
 }
 template <class Unit>
 __device__ __forceinline__ Unit load_cached(const Unit* p) {
