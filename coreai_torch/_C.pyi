@@ -4,7 +4,7 @@ class BuildInfo(TypedDict):
     compiler: str
     build_type: str
     cuda_version: str | None  # of the toolkit; None where CUDA kernels were not built
-    cuda_architectures: str | None  # as CMake writes them, for example 80-real;90
+    cuda_architectures: str | None  # as CMake writes them, for example 80-real 90
 
 def build_info() -> BuildInfo: ...
 def cpu_levels() -> list[tuple[str, bool]]: ...

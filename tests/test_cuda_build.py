@@ -41,7 +41,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Builds the module as FORCE_CUDA=1 does; returns the folder with the kernels' objects."""
     tool("nvcc")
     library = tmp_path_factory.mktemp("build")
-    environment = dict(os.environ, FORCE_CUDA="1")
+    environment = dict(os.environ, FORCE_CUDA="1", CMAKE_ARGS="-DCOREAI_TORCH_WERROR=ON")
     environment.pop("TORCH_CUDA_ARCH_LIST", None)
     command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(library)]
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -135,7 +135,7 @@ def test_nothing_spills(objects: Path, dtype: str) -> None:
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text.stdout + text.stderr
     )
-    assert len(usage) > 6 * 20
+    assert len(usage) >= 6 * 16, "kernels are missing"
     bad = [use for use in usage if use[2] != "0" or use[3] != "0"]
     assert not bad, plain_names([use[0] for use in bad])
 
