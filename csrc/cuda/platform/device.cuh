@@ -114,11 +114,9 @@ __device__ __forceinline__ unsigned cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// Not the aligned form: lanes of a warp may come out of a branch one after another.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\t"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // Writes to the place in block `rank` of the cluster that `p` is in this block's shared memory.
 __device__ __forceinline__ void cluster_store(float* p, unsigned rank, float value) {
