@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
 
 import coreai_torch
 from coreai_torch import ExternalizeSpec, ops, reference
@@ -68,18 +67,6 @@ def test_meta_device():
     assert torch.equal(norm.weight, torch.ones(8))
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(use_reentrant):
-    norm = RMSNorm(8)
-    x = torch.randn(3, 8, requires_grad=True)
-    norm(x).square().sum().backward()
-    expected = x.grad.clone(), norm.weight.grad.clone()
-    x.grad, norm.weight.grad = None, None
-    checkpoint(norm, x, use_reentrant=use_reentrant).square().sum().backward()
-    assert torch.equal(x.grad, expected[0])
-    assert torch.equal(norm.weight.grad, expected[1])
-
-
 def test_autocast_keeps_to_the_dtype_rule():
     with torch.autocast("cpu", torch.bfloat16):
         y = RMSNorm(8)(torch.randn(3, 8, dtype=torch.bfloat16))
@@ -92,31 +79,6 @@ def test_inference_mode():
         y = ops.rms_norm(x, w)
     assert y.is_inference()
     assert torch.equal(y, reference.rms_norm(x, w))
-
-
-def test_functional_transforms():
-    x, w = torch.randn(5, 8), torch.randn(8)
-    gradient = torch.func.grad(lambda x, w, norm: norm(x, w).square().sum(), argnums=(0, 1))
-    for ours, expected in zip(
-        gradient(x, w, ops.rms_norm), gradient(x, w, reference.rms_norm), strict=True
-    ):
-        torch.testing.assert_close(ours, expected)
-    tangent = torch.randn(5, 8)
-    ours = torch.func.jvp(lambda x: ops.rms_norm(x, w), (x,), (tangent,))
-    expected = torch.func.jvp(lambda x: reference.rms_norm(x, w), (x,), (tangent,))
-    torch.testing.assert_close(ours, expected)
-
-
-def test_a_tangent_is_not_lost_without_a_gradient():
-    import torch.autograd.forward_ad as forward_ad
-
-    x, w, tangent = torch.randn(5, 8), torch.randn(8), torch.randn(5, 8)
-    with torch.no_grad(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, tangent)
-        ours = forward_ad.unpack_dual(ops.rms_norm(dual, w)).tangent
-        expected = forward_ad.unpack_dual(reference.rms_norm(dual, w)).tangent
-    assert ours is not None
-    torch.testing.assert_close(ours, expected)
 
 
 class TwoNorms(nn.Module):

@@ -136,6 +136,41 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
   return {grad_input, grad_scale};
 }
 
+// With r = rstd, n = x r, s = g w, and mean(a, b) the mean of a b over a row:
+//   grad_input = r (s - n mean(s, n))     u = grad_grad_input, its cotangent
+//   grad_scale = sum of g n               v = grad_grad_scale
+// The derivatives of n and r along x make what follows.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_rms_norm_double_backward(
+    const at::Tensor& grad_grad_input, const at::Tensor& grad_grad_scale,
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps) {
+  const at::ScalarType type = c10::promoteTypes(statistics_type(input), scale.scalar_type());
+  const at::Tensor x = input.to(type), g = grad_output.to(type), w = scale.to(type);
+  const auto mean = [](const at::Tensor& a, const at::Tensor& b) {
+    return (a * b).mean(-1, /*keepdim=*/true);
+  };
+  const at::Tensor r = mean(x, x).add(eps).rsqrt();
+  const at::Tensor n = x * r;
+  at::Tensor grad_g, grad_x, grad_w;
+  if (grad_grad_input.defined()) {
+    const at::Tensor u = grad_grad_input.to(type), s = g * w;
+    const at::Tensor un = mean(u, n), sn = mean(s, n);
+    const at::Tensor grad_s = r * (u - n * un);
+    grad_g = w * grad_s;
+    grad_w = g * grad_s;
+    grad_x = -r.square() * (n * (mean(u, s) - 3 * un * sn) + un * s + sn * u);
+  }
+  if (grad_grad_scale.defined()) {
+    const at::Tensor v = grad_grad_scale.to(type), q = g * v;
+    const at::Tensor along_g = v * n, along_x = r * (q - n * mean(q, n));
+    grad_g = grad_g.defined() ? grad_g + along_g : along_g;
+    grad_x = grad_x.defined() ? grad_x + along_x : along_x;
+  }
+  if (grad_w.defined()) grad_w = grad_w.sum_to_size(scale.sizes()).to(scale.scalar_type());
+  if (grad_g.defined()) grad_g = grad_g.to(grad_output.scalar_type());
+  if (grad_x.defined()) grad_x = grad_x.to(input.scalar_type());
+  return {grad_g, grad_x, grad_w};
+}
+
 bool describe_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape) {
   // A float64 scale beside a lower input takes its statistics in float32 and its products in

@@ -27,6 +27,13 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask);
 
+// The gradient of that gradient: of <grad_grad_input, grad_input> + <grad_grad_scale, grad_scale>
+// with respect to grad_output, input and scale, in differentiable ATen operations. Either of
+// grad_grad_input and grad_grad_scale may be undefined, which stands for zero.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_rms_norm_double_backward(
+    const at::Tensor& grad_grad_input, const at::Tensor& grad_grad_scale,
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps);
+
 // Fills all of a shape but its row layout. Returns false where the kernels do not take the scale:
 // they take those where row r uses scale row (r / inner) % groups.
 bool describe_rms_norm(
