@@ -9,8 +9,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
 
 import coreai_torch
 from coreai_torch import ExternalizeSpec, ops, reference
@@ -89,33 +87,6 @@ class TwoNorms(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         heads = self.first(x).view(-1, 5, 2, 4).transpose(1, 2)
         return self.second(heads)
-
-
-def test_compile_calls_the_kernels_both_ways():
-    model, x = TwoNorms(), torch.randn(3, 5, 8, requires_grad=True)
-    called = []
-
-    def note_calls(graph, _):
-        called.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=note_calls), fullgraph=True)
-    y = compiled(x)
-    torch.testing.assert_close(y, model(x))
-    y.square().sum().backward()
-    assert called.count("coreai_torch.fused_rms_norm.default") == 2
-    assert called.count("coreai_torch.fused_rms_norm_backward.default") == 2
-
-
-def test_compile_does_not_recompile_for_rows():
-    norm = RMSNorm(8)
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(norm, backend=counter, fullgraph=True, dynamic=True)
-    for rows in (3, 5, 17, 64):
-        x = torch.randn(rows, 8)
-        assert torch.equal(compiled(x), norm(x))
-    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -3,7 +3,7 @@
 Two levels. The public op `coreai_torch::rms_norm` is what an exported program contains: one visible
 node, which decomposes into plain ATen operations. The private op `coreai_torch::fused_rms_norm` has
 the kernels, and its autograd formula in C++. Outside of export, `rms_norm` calls the private op
-directly.
+directly; under torch.compile it does what :func:`set_compile_mode` says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _load as _load
 from .. import reference
+from .._compile_mode import decomposes
 from ..reference.rms_norm import check_rms_norm, check_rms_norm_backward, output_dtype
 
 _Op = Callable[[Tensor, Tensor, float], Tensor]
@@ -47,8 +48,16 @@ def rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
         NotImplementedError: another dtype, or a CUDA tensor in a build without CUDA kernels.
         ValueError: eps is negative or NaN.
     """
+    if torch.compiler.is_compiling():
+        return _traced_rms_norm(input, scale, eps)
+    return _fused_op(input, scale, eps)
+
+
+def _traced_rms_norm(input: Tensor, scale: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_exporting():
         return _public_op(input, scale, eps)
+    if decomposes(input):
+        return reference.rms_norm(input, scale, eps)
     return _fused_op(input, scale, eps)
 
 
