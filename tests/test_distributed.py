@@ -7,7 +7,9 @@ job, and compares what they return with the same done here.
 from __future__ import annotations
 
 import copy
+import csv
 import functools
+import os
 import subprocess
 import sys
 import traceback
@@ -166,6 +168,17 @@ def test_sharded_rows_need_no_communication(group, sharding, wanted):
     expected = [y, *torch.autograd.grad(y, leaves, g)]
     for results in group.run(sharded_call, *sharding, wanted):
         for ours, whole in zip(results, expected, strict=True):
+            torch.testing.assert_close(ours, whole)
+
+
+def test_sharded_gradients_are_the_reference_s(group):
+    """Not only ours in one process: what the two together compute is what the formula says."""
+    x, w, g = inputs_of((4, 6, 8), (8,))
+    y = reference.rms_norm(x.requires_grad_(), w.requires_grad_(), 1e-5)
+    y.backward(g)
+    sharding = SHARDINGS["sequence"]
+    for results in group.run(sharded_call, *sharding, (True, True)):
+        for ours, whole in zip(results, (y, x.grad, w.grad), strict=True):
             torch.testing.assert_close(ours, whole)
 
 
@@ -483,12 +496,55 @@ def test_distributed_checkpoint(group, tmp_path):
             assert torch.equal(results[name], whole)
 
 
-def test_sharded_gradients_are_the_reference_s(group):
-    """Not only ours in one process: what the two together compute is what the formula says."""
-    x, w, g = inputs_of((4, 6, 8), (8,))
-    y = reference.rms_norm(x.requires_grad_(), w.requires_grad_(), 1e-5)
-    y.backward(g)
-    sharding = SHARDINGS["sequence"]
-    for results in group.run(sharded_call, *sharding, (True, True)):
-        for ours, whole in zip(results, (y, x.grad, w.grad), strict=True):
-            torch.testing.assert_close(ours, whole)
+# --- the example ------------------------------------------------------------------------------
+
+TRAIN = Path(__file__).parents[1] / "examples" / "train_lm.py"
+
+
+def run_example(out: Path, *options: str, kind: str | None = None) -> list[float]:
+    """The losses of a short run."""
+    size = [
+        "--dim",
+        "64",
+        "--n-layers",
+        "2",
+        "--seq-len",
+        "32",
+        "--batch-size",
+        "4",
+        "--steps",
+        "6",
+        "--data-mb",
+        "0.5",
+    ]
+    launch = [sys.executable]
+    if kind is not None:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+        options = (*options, "--parallel", kind)
+    command = [*launch, str(TRAIN), *size, "--device", "cpu", "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (out / "loss.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def losses_of_one_process(tmp_path_factory):
+    return run_example(tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRAIN.exists(), reason="needs a checkout")
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "sp"])
+def test_example_in_parallel(kind, losses_of_one_process, tmp_path):
+    assert run_example(tmp_path, kind=kind) == pytest.approx(losses_of_one_process, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRAIN.exists(), reason="needs a checkout")
+def test_example_goes_on_with_another_number_of_processes(losses_of_one_process, tmp_path):
+    run_example(tmp_path, "--stop-at", "2")
+    run_example(tmp_path, "--resume", "--stop-at", "4", kind="sp")
+    losses = run_example(tmp_path, "--resume")
+    assert losses == pytest.approx(losses_of_one_process, rel=1e-5)
