@@ -499,29 +499,21 @@ def test_distributed_checkpoint(group, tmp_path):
 # --- the example ------------------------------------------------------------------------------
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train_lm.py"
+SMALL = [
+    *("--dim", "64", "--n-layers", "2", "--seq-len", "32"),
+    *("--batch-size", "4", "--steps", "6", "--data-mb", "0.5"),
+]
 
 
 def run_example(out: Path, *options: str, kind: str | None = None) -> list[float]:
     """The losses of a short run."""
-    size = [
-        "--dim",
-        "64",
-        "--n-layers",
-        "2",
-        "--seq-len",
-        "32",
-        "--batch-size",
-        "4",
-        "--steps",
-        "6",
-        "--data-mb",
-        "0.5",
-    ]
+    for needed in ("matplotlib", "tqdm"):
+        pytest.importorskip(needed)
     launch = [sys.executable]
     if kind is not None:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
         options = (*options, "--parallel", kind)
-    command = [*launch, str(TRAIN), *size, "--device", "cpu", "--out", str(out), *options]
+    command = [*launch, str(TRAIN), *SMALL, "--device", "cpu", "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -548,3 +540,12 @@ def test_example_goes_on_with_another_number_of_processes(losses_of_one_process,
     run_example(tmp_path, "--resume", "--stop-at", "4", kind="sp")
     losses = run_example(tmp_path, "--resume")
     assert losses == pytest.approx(losses_of_one_process, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRAIN.exists(), reason="needs a checkout")
+def test_example_says_how_to_start_it():
+    command = [sys.executable, str(TRAIN), "--parallel", "ddp"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "torchrun --nproc-per-node 2" in done.stderr
