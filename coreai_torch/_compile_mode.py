@@ -1,4 +1,4 @@
-"""What torch.compile makes of the ops: a call of the kernels, or code of its own."""
+"""What torch.compile and AOTInductor make of the ops: a call of the kernels, or their own code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _mode: CompileMode = "auto"
 
 
 def set_compile_mode(mode: CompileMode) -> None:
-    """Say what torch.compile is to do with the ops of this package, in the whole process.
+    """Say what torch.compile and AOTInductor do with the ops of this package, in this process.
 
-    Without torch.compile it changes nothing. Code that was compiled under another mode is compiled
-    anew at its next call.
+    Without them it changes nothing. A function that torch.compile compiled under another mode is
+    compiled anew at its next call.
 
     Args:
         mode: ``"kernel"`` calls the fused kernels, which give the same bits as without

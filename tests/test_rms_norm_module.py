@@ -6,7 +6,6 @@ import copy
 import inspect
 import pickle
 
-import pytest
 import torch
 from torch import nn
 
@@ -77,33 +76,6 @@ def test_inference_mode():
         y = ops.rms_norm(x, w)
     assert y.is_inference()
     assert torch.equal(y, reference.rms_norm(x, w))
-
-
-class TwoNorms(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = RMSNorm(8), RMSNorm(4, n_heads=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.first(x).view(-1, 5, 2, 4).transpose(1, 2)
-        return self.second(heads)
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_keeps_one_node_and_decomposes_to_aten(strict):
-    model, x = TwoNorms(), torch.randn(3, 5, 8)
-    program = torch.export.export(
-        model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
-    )
-    nodes = [n for n in program.graph.nodes if "coreai_torch.rms_norm" in str(n.target)]
-    assert len(nodes) == 2
-    assert all(len(n.all_input_nodes) == 2 for n in nodes)
-    assert torch.equal(program.module()(x), model(x))
-
-    decomposed = program.run_decompositions()
-    operators = {str(n.target) for n in decomposed.graph.nodes if n.op == "call_function"}
-    assert all(name.startswith("aten.") for name in operators)
-    assert torch.equal(decomposed.module()(x), model(x))
 
 
 def test_a_model_trains_with_the_reference_s_losses():

@@ -8,6 +8,7 @@ directly; under torch.compile it does what :func:`set_compile_mode` says.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -63,9 +64,17 @@ def _traced_rms_norm(input: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 @torch.library.impl("coreai_torch::rms_norm", "CompositeImplicitAutograd")
 def _rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() and not _in_aot_inductor():
+        return reference.rms_norm(input, scale, eps)
+    if torch.compiler.is_compiling() and decomposes(input):
         return reference.rms_norm(input, scale, eps)
     return _fused_op(input, scale, eps)
+
+
+def _in_aot_inductor() -> bool:
+    """Whether an exported program is being compiled, which to PyTorch is a part of exporting it."""
+    inductor = sys.modules.get("torch._inductor.virtualized")
+    return inductor is not None and bool(inductor.V.aot_compilation)
 
 
 @torch.library.register_fake("coreai_torch::fused_rms_norm")
