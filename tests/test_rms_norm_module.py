@@ -64,12 +64,6 @@ def test_meta_device():
     assert torch.equal(norm.weight, torch.ones(8))
 
 
-def test_autocast_keeps_to_the_dtype_rule():
-    with torch.autocast("cpu", torch.bfloat16):
-        y = RMSNorm(8)(torch.randn(3, 8, dtype=torch.bfloat16))
-    assert y.dtype == torch.bfloat16
-
-
 def test_inference_mode():
     x, w = torch.randn(3, 8), torch.randn(8)
     with torch.inference_mode():
