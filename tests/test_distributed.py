@@ -23,7 +23,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import (
     DTensor,
@@ -354,6 +358,28 @@ def train_fsdp() -> list[float]:
 
 def test_fully_sharded_data_parallel(group):
     assert_losses(group.run(train_fsdp), alone())
+
+
+def train_fsdp_from_meta() -> list[float]:
+    """Built without memory, sharded, and only then given memory and values."""
+    expected, x, target = model_and_data()
+    with torch.device("meta"):
+        model = Model()
+    for module in (model.attention, model.mlp, model):
+        fully_shard(module, mesh=mesh())
+    model.to_empty(device="cpu")
+    for norm in model.modules():
+        if isinstance(norm, RMSNorm):
+            norm.reset_parameters()
+            assert torch.equal(norm.weight.full_tensor(), torch.ones(norm.weight.shape))
+    set_model_state_dict(
+        model, expected.state_dict(), options=StateDictOptions(full_state_dict=True)
+    )
+    return train(model, my_part(x), my_part(target), mean_over_ranks=True)
+
+
+def test_fully_sharded_from_the_meta_device(group):
+    assert_losses(group.run(train_fsdp_from_meta), alone())
 
 
 def train_fsdp_in_bfloat16() -> list[float]:

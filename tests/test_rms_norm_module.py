@@ -1,13 +1,11 @@
-"""The modules in the life of a PyTorch model."""
+"""The modules: their contract with converters, inference and training. Their life in PyTorch is in
+test_modules.py."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-import pickle
 
 import torch
-from torch import nn
 
 import coreai_torch
 from coreai_torch import ExternalizeSpec, ops, reference
@@ -35,33 +33,6 @@ def test_what_a_converter_relies_on():
     )
     spec = ExternalizeSpec(RMSNormImpl, "rms_norm", ["axes", "eps", "version"])
     assert all(hasattr(RMSNormImpl(), name) for name in spec.composite_attrs)
-
-
-def test_state_moves_to_and_from_torch():
-    ours, theirs = RMSNorm(8), nn.RMSNorm(8, eps=1e-5)
-    nn.init.normal_(ours.weight)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(ours(x), theirs(x))
-    nn.init.normal_(theirs.weight)
-    ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_copies():
-    norm = RMSNorm(8, n_heads=2)
-    nn.init.normal_(norm.weight)
-    x = torch.randn(3, 2, 5, 8)
-    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert torch.equal(other(x), norm(x))
-
-
-def test_meta_device():
-    norm = RMSNorm(8, device="meta")
-    assert norm(torch.empty(3, 8, device="meta")).shape == (3, 8)
-    norm.to_empty(device="cpu")
-    norm.reset_parameters()
-    assert torch.equal(norm.weight, torch.ones(8))
 
 
 def test_inference_mode():
