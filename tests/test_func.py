@@ -168,6 +168,13 @@ def test_grad_and_vjp_run_the_kernels(shape, scale):
     assert calls.count(FORWARD) == calls.count(BACKWARD) == 1
 
 
+def test_a_mistake_under_a_transform_leaves_nothing_behind():
+    x, w = torch.randn(5, 8), torch.randn(8)
+    with pytest.raises(RuntimeError, match="expected scale with last dimension 8"):
+        grad(loss_of(ops.rms_norm))(x, w[:4])
+    compare(lambda norm: grad(loss_of(norm), argnums=(0, 1)), x, w)
+
+
 @pytest.mark.parametrize(("shape", "scale"), SHAPES[:4], ids=str)
 @pytest.mark.usefixtures("no_warnings")
 def test_jacobians_and_hessians(shape, scale):
