@@ -196,15 +196,18 @@ def test_transforms_inside_a_compiled_function():
 
 
 def test_compiled_autograd():
-    """The backward of an eager forward, compiled."""
+    """The backward of an eager forward, compiled: the op is seen and not stepped over."""
+    graphs = Graphs()
     x, w = torch.randn(5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
     ops.rms_norm(x, w).square().sum().backward()
     expected = x.grad.clone(), w.grad.clone()
     x.grad = w.grad = None
-    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+    compiler = torch.compile(backend=graphs.backend, fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
         ops.rms_norm(x, w).square().sum().backward()
     assert torch.equal(x.grad, expected[0])
     assert torch.equal(w.grad, expected[1])
+    assert BACKWARD in graphs.called
 
 
 @pytest.mark.skipif(

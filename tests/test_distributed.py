@@ -186,6 +186,43 @@ def test_sharded_gradients_are_the_reference_s(group):
             torch.testing.assert_close(ours, whole)
 
 
+def call_on_two_dimensions():
+    x, w, g = inputs_of((4, 2, 6, 8), (2, 1, 8))
+    on = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "heads"))
+    x, g = (distribute_tensor(t, on, [Shard(0), Shard(1)]) for t in (x, g))
+    w = distribute_tensor(w, on, [Replicate(), Shard(0)])
+    leaves = x.requires_grad_(), w.requires_grad_()
+    with CommDebugMode() as communication:
+        y = ops.rms_norm(x, w)
+        grads = torch.autograd.grad(y, leaves, g)
+    assert communication.get_total_counts() == 0
+    assert grads[1].placements == (Partial(), Shard(0))
+    return [t.full_tensor().detach() for t in (y, *grads)]
+
+
+def test_a_mesh_of_two_dimensions(group):
+    """Data parallel along one, the heads along the other."""
+    x, w, g = inputs_of((4, 2, 6, 8), (2, 1, 8))
+    y = ops.rms_norm(x.requires_grad_(), w.requires_grad_())
+    y.backward(g)
+    for results in group.run(call_on_two_dimensions):
+        for ours, whole in zip(results, (y, x.grad, w.grad), strict=True):
+            torch.testing.assert_close(ours, whole)
+
+
+def inference_call():
+    x, w, _ = inputs_of((4, 6, 8), (8,))
+    with torch.inference_mode():
+        x, w = distribute_tensor(x, mesh(), [Shard(0)]), distribute_tensor(w, mesh(), [Replicate()])
+        return ops.rms_norm(x, w).full_tensor()
+
+
+def test_inference_mode(group):
+    x, w, _ = inputs_of((4, 6, 8), (8,))
+    for y in group.run(inference_call):
+        assert torch.equal(y, ops.rms_norm(x, w))
+
+
 def redistributed_call(input_placement, scale_placement):
     x, w, g = inputs_of((4, 2, 6, 8), (2, 1, 8))
     x = distribute_tensor(x, mesh(), [input_placement]).requires_grad_()

@@ -78,6 +78,8 @@ at::Tensor if_wanted(bool wanted, const at::Tensor& grad) { return wanted ? grad
 
 class RmsNormBackwardFunction : public torch::autograd::Function<RmsNormBackwardFunction> {
  public:
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static variable_list forward(
       AutogradContext* ctx, const at::Tensor& grad_output, const at::Tensor& input,
       const at::Tensor& scale, double eps, std::array<bool, 2> output_mask,
@@ -109,6 +111,8 @@ class RmsNormBackwardFunction : public torch::autograd::Function<RmsNormBackward
 
 class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
  public:
+  static constexpr bool is_traceable = true;  // by compiled autograd
+
   static at::Tensor forward(
       AutogradContext* ctx, const at::Tensor& input, const at::Tensor& scale, double eps,
       HiddenTransforms* hidden) {
