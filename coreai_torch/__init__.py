@@ -11,8 +11,18 @@ off.
 
 from . import _load as _load  # registers the ops; explains itself where it cannot
 from . import backends, composite_ops, ops, reference
+from ._compile_mode import get_compile_mode, set_compile_mode
 from ._externalize_spec import ExternalizeSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["ExternalizeSpec", "__version__", "backends", "composite_ops", "ops", "reference"]
+__all__ = [
+    "ExternalizeSpec",
+    "__version__",
+    "backends",
+    "composite_ops",
+    "get_compile_mode",
+    "ops",
+    "reference",
+    "set_compile_mode",
+]

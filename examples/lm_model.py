@@ -94,18 +94,18 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, n_heads: int, make_norm: MakeNorm) -> None:
         super().__init__()
-        self.n_heads, self.head_dim = n_heads, dim // n_heads
+        self.head_dim = dim // n_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_norm = make_norm(self.head_dim, EPS, n_heads)
         self.k_norm = make_norm(self.head_dim, EPS, n_heads)
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor, rope: RoPE) -> Tensor:
-        batch, seq_len, _ = x.shape
-        heads = self.qkv(x).view(batch, seq_len, 3 * self.n_heads, self.head_dim).transpose(1, 2)
-        # Three (batch, n_heads, seq_len, head_dim) views of one buffer. The fused norm reads them
-        # with the strides they have: there is no copy between the projection and the norm.
-        q, k, v = heads.chunk(3, dim=1)
+        # A head's query, key and value are neighbours in the projection's output, so that it can be
+        # cut by heads. These are three (batch, n_heads, seq_len, head_dim) views of one buffer; the
+        # fused norm reads them with the strides they have, and nothing is copied in front of it.
+        heads = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).transpose(1, 2)
+        q, k, v = heads.unbind(3)
         q, k = rope(self.q_norm(q)), rope(self.k_norm(k))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
@@ -117,12 +117,12 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = 64 * math.ceil(8 / 3 * dim / 64)
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.gate = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(dim, hidden, bias=False)
         self.out = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up)
+        return self.out(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@
 
     python examples/train_lm.py --compare
     python examples/train_lm.py --norm fused --dtype bfloat16 --steps 500 --out runs/bf16
+    torchrun --nproc-per-node 2 examples/train_lm.py --parallel fsdp
 
 The model (lm_model.py) reads the standard library of the running Python byte by byte, so there is
 nothing to download. Three norms can be plugged into it:
@@ -13,6 +14,9 @@ nothing to download. Three norms can be plugged into it:
 `--compare` trains with all three side by side, from the same weights and on the same batches. It
 ends with a table of speeds and losses, and with exit status 1 if the losses differ by more than
 rounding explains.
+
+`--parallel` trains with the processes that torchrun started (lm_parallel.py), to the same losses as
+one process alone.
 """
 
 from __future__ import annotations
@@ -34,14 +38,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from lm_model import NORMS, LanguageModel
+from lm_parallel import KINDS, Call, Processes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from tqdm import tqdm
 
 UNTIMED_STEPS = 3  # the first steps also pay for memory and one-time set-up in libraries
 VALIDATION_BATCHES = 8
 SHARE_STEPS = 3
 BUSY = 1.3  # ratio of median to fastest step above which something else was running
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # checkpoints know no processes
 FINAL_STEPS = 5  # one batch is a handful of files, and some files are harder than others
 
 # How far a loss may be from the reference's at the first step: 16 units in the last place of a
@@ -91,6 +102,8 @@ class Lane:
 
     norm: str
     model: LanguageModel
+    call: Call  # the model, or what stands for it where several processes have it
+    processes: Processes
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -131,7 +144,7 @@ def draw_batch(data: Tensor, cfg: Config, purpose: str, i: int, device: torch.de
 # --- training --------------------------------------------------------------------------------
 
 
-def make_lane(norm: str, cfg: Config, device: torch.device) -> Lane:
+def make_lane(norm: str, cfg: Config, processes: Processes) -> Lane:
     """A fresh model and its optimizer. Equal seeds give equal weights, whichever the norm."""
     torch.manual_seed(cfg.seed)
     model = LanguageModel(
@@ -141,7 +154,8 @@ def make_lane(norm: str, cfg: Config, device: torch.device) -> Lane:
         n_heads=cfg.n_heads,
         seq_len=cfg.seq_len,
         compute_dtype=getattr(torch, cfg.dtype),
-    ).to(device)
+    ).to(processes.device)
+    call = processes.spread(model)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.ndim == 2]},
         {"params": [p for p in model.parameters() if p.ndim != 2], "weight_decay": 0.0},
@@ -149,7 +163,7 @@ def make_lane(norm: str, cfg: Config, device: torch.device) -> Lane:
     optimizer = torch.optim.AdamW(
         groups, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
     )
-    return Lane(norm, model, optimizer)
+    return Lane(norm, model, call, processes, optimizer)
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -160,9 +174,10 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def loss_of(model: LanguageModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats per byte."""
-    return F.cross_entropy(model(batch.tokens).flatten(0, 1), batch.targets.flatten())
+def loss_of(lane: Lane, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats per byte, over this process's part of the batch."""
+    tokens, targets = map(lane.processes.part, batch)
+    return F.cross_entropy(lane.call(tokens).flatten(0, 1), targets.flatten())
 
 
 def train_step(lane: Lane, batch: Batch, lr: float, clip: float) -> float:
@@ -170,11 +185,12 @@ def train_step(lane: Lane, batch: Batch, lr: float, clip: float) -> float:
     for group in lane.optimizer.param_groups:
         group["lr"] = lr
     lane.optimizer.zero_grad()
-    loss = loss_of(lane.model, batch)
+    loss = loss_of(lane, batch)
     loss.backward()
     nn.utils.clip_grad_norm_(lane.model.parameters(), clip)
     lane.optimizer.step()
-    return loss.item()  # on a GPU this waits for the whole step, so callers can time the call
+    # On a GPU this waits for the whole step, so callers can time the call.
+    return lane.processes.mean(loss)
 
 
 def train(lanes: Sequence[Lane], data: Tensor, cfg: Config, args: argparse.Namespace) -> None:
@@ -184,9 +200,10 @@ def train(lanes: Sequence[Lane], data: Tensor, cfg: Config, args: argparse.Names
     down with heat, does not hit one of them alone.
     """
     first, last = len(lanes[0].losses), min(cfg.steps, args.stop_at or cfg.steps)
-    bar = tqdm(range(first, last), initial=first, total=cfg.steps, unit="step")
+    silent, device = not lanes[0].processes.first, lanes[0].processes.device
+    bar = tqdm(range(first, last), initial=first, total=cfg.steps, unit="step", disable=silent)
     for step in bar:
-        batch = draw_batch(data, cfg, "train", step, args.device)
+        batch = draw_batch(data, cfg, "train", step, device)
         turn = step % len(lanes)
         for lane in (*lanes[turn:], *lanes[:turn]):
             start = time.perf_counter()
@@ -200,30 +217,35 @@ def train(lanes: Sequence[Lane], data: Tensor, cfg: Config, args: argparse.Names
 
 
 @torch.no_grad()
-def validation_loss(lane: Lane, data: Tensor, cfg: Config, device: torch.device) -> float:
+def validation_loss(lane: Lane, data: Tensor, cfg: Config) -> float:
     """Mean loss over a few batches of the held-out files, the same ones every time."""
+    device, mean = lane.processes.device, lane.processes.mean
     batches = [draw_batch(data, cfg, "validate", i, device) for i in range(VALIDATION_BATCHES)]
-    return statistics.fmean(loss_of(lane.model, batch).item() for batch in batches)
+    return statistics.fmean(mean(loss_of(lane, batch)) for batch in batches)
 
 
 def save_checkpoint(lanes: Sequence[Lane], cfg: Config, out: Path) -> None:
-    """Writes what a continued run needs, and the curves so far."""
-    states = [
-        {
-            "model": lane.model.state_dict(),
-            "optimizer": lane.optimizer.state_dict(),
-            "losses": lane.losses,
-            "seconds": lane.seconds,
-        }
-        for lane in lanes
-    ]
+    """Writes what a continued run needs, with any number of processes, and the curves so far."""
+    states = []
+    for lane in lanes:
+        model, optimizer = get_state_dict(lane.model, lane.optimizer, options=WHOLE)
+        states.append(
+            {
+                "model": model,
+                "optimizer": optimizer,
+                "losses": lane.losses,
+                "seconds": lane.seconds,
+            }
+        )
+    if not lanes[0].processes.first:
+        return
     unfinished = out / "checkpoint.tmp"
     torch.save({"config": asdict(cfg), "lanes": states}, unfinished)
     os.replace(unfinished, out / "checkpoint.pt")  # at once: an interruption spoils neither file
     write_csv(lanes, cfg, out / "loss.csv")
 
 
-def load_checkpoint(lanes: Sequence[Lane], cfg: Config, out: Path, device: torch.device) -> None:
+def load_checkpoint(lanes: Sequence[Lane], cfg: Config, out: Path) -> None:
     """Puts the lanes where the checkpoint's were.
 
     They are matched by position, not by the norm's name: a run may go on with another norm.
@@ -231,12 +253,17 @@ def load_checkpoint(lanes: Sequence[Lane], cfg: Config, out: Path, device: torch
     path = out / "checkpoint.pt"
     if not path.exists():
         raise SystemExit(f"there is no {path} to resume from")
-    checkpoint = torch.load(path, map_location=device, weights_only=True)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if checkpoint["config"] != asdict(cfg) or len(checkpoint["lanes"]) != len(lanes):
         raise SystemExit(f"{path} is of a run with other options")
     for lane, state in zip(lanes, checkpoint["lanes"], strict=True):
-        lane.model.load_state_dict(state["model"])
-        lane.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            lane.model,
+            lane.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=WHOLE,
+        )
         lane.losses, lane.seconds = state["losses"], state["seconds"]
 
 
@@ -306,10 +333,9 @@ def norm_share(lane: Lane, batch: Batch, cfg: Config) -> float:
     return share
 
 
-def norm_shares(
-    lanes: Sequence[Lane], data: Tensor, cfg: Config, device: torch.device
-) -> list[float]:
+def norm_shares(lanes: Sequence[Lane], data: Tensor, cfg: Config) -> list[float]:
     """Each lane's `norm_share`, the median of several. They come after all that is saved."""
+    device = lanes[0].processes.device
     batches = [draw_batch(data, cfg, "share", i, device) for i in range(SHARE_STEPS)]
     shares = [[norm_share(lane, batch, cfg) for lane in lanes] for batch in batches]
     return [statistics.median(column) for column in zip(*shares, strict=True)]
@@ -467,6 +493,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
         help="cpu or cuda (%(default)s)",
     )
     parser.add_argument(
+        "--parallel", choices=KINDS, help="train with the processes that torchrun started"
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("runs/lm"), help="folder for the results (%(default)s)"
     )
     parser.add_argument(
@@ -488,17 +517,22 @@ def parse_arguments() -> tuple[argparse.Namespace, Config]:
 def main() -> int:
     """Trains, measures, reports; the exit status is 1 if losses that should agree do not."""
     args, cfg = parse_arguments()
+    processes = Processes(args.parallel, args.device)
+    processes.check(cfg.batch_size, cfg.n_heads, cfg.seq_len)
     args.out.mkdir(parents=True, exist_ok=True)
     data, held_out = read_corpus(cfg.data_mb)
     norms = tuple(NORMS) if args.compare else (args.norm,)
-    lanes = [make_lane(norm, cfg, args.device) for norm in norms]
+    lanes = [make_lane(norm, cfg, processes) for norm in norms]
     if args.resume:
-        load_checkpoint(lanes, cfg, args.out, args.device)
+        load_checkpoint(lanes, cfg, args.out)
 
     train(lanes, data, cfg, args)
+    validation = [validation_loss(lane, held_out, cfg) for lane in lanes]
+    shares = norm_shares(lanes, data, cfg)
+    processes.finish()
+    if not processes.first:
+        return 0
     draw_curves(lanes, cfg, args.out / "loss.png")
-    validation = [validation_loss(lane, held_out, cfg, args.device) for lane in lanes]
-    shares = norm_shares(lanes, data, cfg, args.device)
     print(report(lanes, validation, shares, cfg))
     if slowdown(lanes) > BUSY:
         print(f"Speeds are unreliable: the median step took {slowdown(lanes):.1f} x the fastest.")

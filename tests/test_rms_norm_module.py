@@ -1,17 +1,11 @@
-"""The modules in the life of a PyTorch model."""
+"""The modules: their contract with converters, inference and training. Their life in PyTorch is in
+test_modules.py."""
 
 from __future__ import annotations
 
-import copy
 import inspect
-import pickle
 
-import pytest
 import torch
-from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
 
 import coreai_torch
 from coreai_torch import ExternalizeSpec, ops, reference
@@ -41,136 +35,12 @@ def test_what_a_converter_relies_on():
     assert all(hasattr(RMSNormImpl(), name) for name in spec.composite_attrs)
 
 
-def test_state_moves_to_and_from_torch():
-    ours, theirs = RMSNorm(8), nn.RMSNorm(8, eps=1e-5)
-    nn.init.normal_(ours.weight)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 8)
-    torch.testing.assert_close(ours(x), theirs(x))
-    nn.init.normal_(theirs.weight)
-    ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(ours(x), theirs(x))
-
-
-def test_copies():
-    norm = RMSNorm(8, n_heads=2)
-    nn.init.normal_(norm.weight)
-    x = torch.randn(3, 2, 5, 8)
-    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert torch.equal(other(x), norm(x))
-
-
-def test_meta_device():
-    norm = RMSNorm(8, device="meta")
-    assert norm(torch.empty(3, 8, device="meta")).shape == (3, 8)
-    norm.to_empty(device="cpu")
-    norm.reset_parameters()
-    assert torch.equal(norm.weight, torch.ones(8))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing(use_reentrant):
-    norm = RMSNorm(8)
-    x = torch.randn(3, 8, requires_grad=True)
-    norm(x).square().sum().backward()
-    expected = x.grad.clone(), norm.weight.grad.clone()
-    x.grad, norm.weight.grad = None, None
-    checkpoint(norm, x, use_reentrant=use_reentrant).square().sum().backward()
-    assert torch.equal(x.grad, expected[0])
-    assert torch.equal(norm.weight.grad, expected[1])
-
-
-def test_autocast_keeps_to_the_dtype_rule():
-    with torch.autocast("cpu", torch.bfloat16):
-        y = RMSNorm(8)(torch.randn(3, 8, dtype=torch.bfloat16))
-    assert y.dtype == torch.bfloat16
-
-
 def test_inference_mode():
     x, w = torch.randn(3, 8), torch.randn(8)
     with torch.inference_mode():
         y = ops.rms_norm(x, w)
     assert y.is_inference()
     assert torch.equal(y, reference.rms_norm(x, w))
-
-
-def test_functional_transforms():
-    x, w = torch.randn(5, 8), torch.randn(8)
-    gradient = torch.func.grad(lambda x, w, norm: norm(x, w).square().sum(), argnums=(0, 1))
-    for ours, expected in zip(
-        gradient(x, w, ops.rms_norm), gradient(x, w, reference.rms_norm), strict=True
-    ):
-        torch.testing.assert_close(ours, expected)
-    tangent = torch.randn(5, 8)
-    ours = torch.func.jvp(lambda x: ops.rms_norm(x, w), (x,), (tangent,))
-    expected = torch.func.jvp(lambda x: reference.rms_norm(x, w), (x,), (tangent,))
-    torch.testing.assert_close(ours, expected)
-
-
-def test_a_tangent_is_not_lost_without_a_gradient():
-    import torch.autograd.forward_ad as forward_ad
-
-    x, w, tangent = torch.randn(5, 8), torch.randn(8), torch.randn(5, 8)
-    with torch.no_grad(), forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, tangent)
-        ours = forward_ad.unpack_dual(ops.rms_norm(dual, w)).tangent
-        expected = forward_ad.unpack_dual(reference.rms_norm(dual, w)).tangent
-    assert ours is not None
-    torch.testing.assert_close(ours, expected)
-
-
-class TwoNorms(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = RMSNorm(8), RMSNorm(4, n_heads=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.first(x).view(-1, 5, 2, 4).transpose(1, 2)
-        return self.second(heads)
-
-
-def test_compile_calls_the_kernels_both_ways():
-    model, x = TwoNorms(), torch.randn(3, 5, 8, requires_grad=True)
-    called = []
-
-    def note_calls(graph, _):
-        called.extend(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=note_calls), fullgraph=True)
-    y = compiled(x)
-    torch.testing.assert_close(y, model(x))
-    y.square().sum().backward()
-    assert called.count("coreai_torch.fused_rms_norm.default") == 2
-    assert called.count("coreai_torch.fused_rms_norm_backward.default") == 2
-
-
-def test_compile_does_not_recompile_for_rows():
-    norm = RMSNorm(8)
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiled = torch.compile(norm, backend=counter, fullgraph=True, dynamic=True)
-    for rows in (3, 5, 17, 64):
-        x = torch.randn(rows, 8)
-        assert torch.equal(compiled(x), norm(x))
-    assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_keeps_one_node_and_decomposes_to_aten(strict):
-    model, x = TwoNorms(), torch.randn(3, 5, 8)
-    program = torch.export.export(
-        model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
-    )
-    nodes = [n for n in program.graph.nodes if "coreai_torch.rms_norm" in str(n.target)]
-    assert len(nodes) == 2
-    assert all(len(n.all_input_nodes) == 2 for n in nodes)
-    assert torch.equal(program.module()(x), model(x))
-
-    decomposed = program.run_decompositions()
-    operators = {str(n.target) for n in decomposed.graph.nodes if n.op == "call_function"}
-    assert all(name.startswith("aten.") for name in operators)
-    assert torch.equal(decomposed.module()(x), model(x))
 
 
 def test_a_model_trains_with_the_reference_s_losses():

@@ -3,11 +3,12 @@
 Two levels. The public op `coreai_torch::rms_norm` is what an exported program contains: one visible
 node, which decomposes into plain ATen operations. The private op `coreai_torch::fused_rms_norm` has
 the kernels, and its autograd formula in C++. Outside of export, `rms_norm` calls the private op
-directly.
+directly; under torch.compile it does what :func:`set_compile_mode` says.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .. import _load as _load
 from .. import reference
+from .._compile_mode import decomposes
 from ..reference.rms_norm import check_rms_norm, check_rms_norm_backward, output_dtype
 
 _Op = Callable[[Tensor, Tensor, float], Tensor]
@@ -47,16 +49,32 @@ def rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
         NotImplementedError: another dtype, or a CUDA tensor in a build without CUDA kernels.
         ValueError: eps is negative or NaN.
     """
+    if torch.compiler.is_compiling():
+        return _traced_rms_norm(input, scale, eps)
+    return _fused_op(input, scale, eps)
+
+
+def _traced_rms_norm(input: Tensor, scale: Tensor, eps: float) -> Tensor:
     if torch.compiler.is_exporting():
         return _public_op(input, scale, eps)
+    if decomposes(input):
+        return reference.rms_norm(input, scale, eps)
     return _fused_op(input, scale, eps)
 
 
 @torch.library.impl("coreai_torch::rms_norm", "CompositeImplicitAutograd")
 def _rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() and not _in_aot_inductor():
+        return reference.rms_norm(input, scale, eps)
+    if torch.compiler.is_compiling() and decomposes(input):
         return reference.rms_norm(input, scale, eps)
     return _fused_op(input, scale, eps)
+
+
+def _in_aot_inductor() -> bool:
+    """Whether an exported program is being compiled, which to PyTorch is a part of exporting it."""
+    inductor = sys.modules.get("torch._inductor.virtualized")
+    return inductor is not None and bool(inductor.V.aot_compilation)
 
 
 @torch.library.register_fake("coreai_torch::fused_rms_norm")

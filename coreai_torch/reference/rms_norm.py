@@ -51,7 +51,7 @@ def check_rms_norm(input: Tensor, scale: Tensor, eps: float) -> None:
             f"of input), got shape {list(scale.shape)}"
         )
     if scale.dim() > input.dim() or any(
-        ours not in (1, theirs)
+        ours != 1 and ours != theirs
         for ours, theirs in zip(reversed(scale.shape), reversed(input.shape), strict=False)
     ):
         raise RuntimeError(

@@ -136,6 +136,41 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
   return {grad_input, grad_scale};
 }
 
+// With r = rstd, n = x r, s = g w, and mean(a, b) the mean of a b over a row:
+//   grad_input = r (s - n mean(s, n))     u = grad_grad_input, its cotangent
+//   grad_scale = sum of g n               v = grad_grad_scale
+// The derivatives of n and r along x make what follows.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_rms_norm_double_backward(
+    const at::Tensor& grad_grad_input, const at::Tensor& grad_grad_scale,
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps) {
+  const at::ScalarType type = c10::promoteTypes(statistics_type(input), scale.scalar_type());
+  const at::Tensor x = input.to(type), g = grad_output.to(type), w = scale.to(type);
+  const auto mean = [](const at::Tensor& a, const at::Tensor& b) {
+    return (a * b).mean(-1, /*keepdim=*/true);
+  };
+  const at::Tensor r = mean(x, x).add(eps).rsqrt();
+  const at::Tensor n = x * r;
+  at::Tensor grad_g, grad_x, grad_w;
+  if (grad_grad_input.defined()) {
+    const at::Tensor u = grad_grad_input.to(type), s = g * w;
+    const at::Tensor un = mean(u, n), sn = mean(s, n);
+    const at::Tensor grad_s = r * (u - n * un);
+    grad_g = w * grad_s;
+    grad_w = g * grad_s;
+    grad_x = -r.square() * (n * (mean(u, s) - 3 * un * sn) + un * s + sn * u);
+  }
+  if (grad_grad_scale.defined()) {
+    const at::Tensor v = grad_grad_scale.to(type), q = g * v;
+    const at::Tensor along_g = v * n, along_x = r * (q - n * mean(q, n));
+    grad_g = grad_g.defined() ? grad_g + along_g : along_g;
+    grad_x = grad_x.defined() ? grad_x + along_x : along_x;
+  }
+  if (grad_w.defined()) grad_w = grad_w.sum_to_size(scale.sizes()).to(scale.scalar_type());
+  if (grad_g.defined()) grad_g = grad_g.to(grad_output.scalar_type());
+  if (grad_x.defined()) grad_x = grad_x.to(input.scalar_type());
+  return {grad_g, grad_x, grad_w};
+}
+
 namespace {
 
 // Fills all of a shape but its row layout. Returns false where the kernels do not take the scale:
@@ -225,7 +260,7 @@ at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
 }  // namespace
 
 at::Tensor fused_rms_norm(
-    const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormKernels& kernels) {
+    const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormDevice& device) {
   check_rms_norm(input, scale, eps);
   RmsNormForward args;
   if (!describe_rms_norm(input, scale, eps, &args.shape)) {
@@ -241,7 +276,7 @@ at::Tensor fused_rms_norm(
         &args.shape);
   };
   describe();
-  if (args.shape.row_ndim > kernels.max_row_dims) {
+  if (args.shape.row_ndim > device.max_row_dims) {
     x = x.contiguous();
     if (!y.is_contiguous()) y = at::empty(output.sizes(), output.options());
     describe();
@@ -250,14 +285,14 @@ at::Tensor fused_rms_norm(
   args.input = x.const_data_ptr();
   args.scale = w.const_data_ptr();
   args.output = y.mutable_data_ptr();
-  kernels.forward(args, input);
+  device.forward(args, input);
   if (!y.is_same(output)) output.copy_(y);
   return output;
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
-    std::array<bool, 2> output_mask, const RmsNormKernels& kernels) {
+    std::array<bool, 2> output_mask, const RmsNormDevice& device) {
   check_rms_norm_backward(grad_output, input, scale, eps);
   RmsNormBackward args;
   if (!describe_rms_norm(input, scale, eps, &args.shape)) {
@@ -284,7 +319,7 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
         &args.shape);
   };
   describe();
-  if (args.shape.row_ndim > kernels.max_row_dims) {
+  if (args.shape.row_ndim > device.max_row_dims) {
     dy = dy.contiguous();
     x = x.contiguous();
     if (output_mask[0] && !dx.is_contiguous()) dx = at::empty(input.sizes(), input.options());
@@ -297,13 +332,13 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
   args.grad_input = output_mask[0] ? dx.mutable_data_ptr() : nullptr;
   args.grad_scale = output_mask[1] ? grad_scale.mutable_data_ptr() : nullptr;
   at::Tensor workspace;
-  if (const int64_t bytes = kernels.backward_workspace(args, input); bytes > 0) {
+  if (const int64_t bytes = device.backward_workspace(args, input); bytes > 0) {
     workspace = at::empty({bytes}, input.options().dtype(at::kByte));
     args.workspace = workspace.mutable_data_ptr();
   } else {
     args.workspace = nullptr;
   }
-  kernels.backward(args, input);
+  device.backward(args, input);
   if (output_mask[0] && !dx.is_same(grad_input)) grad_input.copy_(dx);
   return {grad_input, grad_scale};
 }

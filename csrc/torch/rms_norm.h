@@ -27,8 +27,15 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask);
 
+// The gradient of that gradient: of <grad_grad_input, grad_input> + <grad_grad_scale, grad_scale>
+// with respect to grad_output, input and scale, in differentiable ATen operations. Either of
+// grad_grad_input and grad_grad_scale may be undefined, which stands for zero.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_rms_norm_double_backward(
+    const at::Tensor& grad_grad_input, const at::Tensor& grad_grad_scale,
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps);
+
 // The kernels of a device.
-struct RmsNormKernels {
+struct RmsNormDevice {
   int max_row_dims;  // of a shape
   void (*forward)(const RmsNormForward& args, const at::Tensor& input);
   int64_t (*backward_workspace)(const RmsNormBackward& args, const at::Tensor& input);  // bytes
@@ -37,9 +44,9 @@ struct RmsNormKernels {
 
 // Check, allocate, describe, call the kernels. What no kernel takes runs in ATen operations.
 at::Tensor fused_rms_norm(
-    const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormKernels& kernels);
+    const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormDevice& device);
 std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
-    std::array<bool, 2> output_mask, const RmsNormKernels& kernels);
+    std::array<bool, 2> output_mask, const RmsNormDevice& device);
 
 }  // namespace coreai_torch

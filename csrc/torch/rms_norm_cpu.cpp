@@ -13,7 +13,7 @@ void torch_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, voi
   TORCH_CHECK(torch_parallel_for(begin, end, grain, body, context) == 0, "rms_norm: failed");
 }
 
-constexpr RmsNormKernels kCpuKernels = {
+constexpr RmsNormDevice kCpu = {
     kMaxDims,
     [](const RmsNormForward& args, const at::Tensor&) { rms_norm_forward_cpu(args, torch_for); },
     [](const RmsNormBackward& args, const at::Tensor&) {
@@ -23,13 +23,13 @@ constexpr RmsNormKernels kCpuKernels = {
 };
 
 at::Tensor fused_rms_norm_cpu(const at::Tensor& input, const at::Tensor& scale, double eps) {
-  return fused_rms_norm(input, scale, eps, kCpuKernels);
+  return fused_rms_norm(input, scale, eps, kCpu);
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward_cpu(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask) {
-  return fused_rms_norm_backward(grad_output, input, scale, eps, output_mask, kCpuKernels);
+  return fused_rms_norm_backward(grad_output, input, scale, eps, output_mask, kCpu);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ void check_cuda(cudaError_t error, const char* direction, const at::Tensor& inpu
       ") failed: ", cudaGetErrorString(error), remedy);
 }
 
-constexpr RmsNormKernels kCudaKernels = {
+constexpr RmsNormDevice kCuda = {
     kMaxRowDimsCuda,
     [](const RmsNormForward& args, const at::Tensor& input) {
       check_cuda(
@@ -59,14 +59,14 @@ constexpr RmsNormKernels kCudaKernels = {
 
 at::Tensor fused_rms_norm_cuda(const at::Tensor& input, const at::Tensor& scale, double eps) {
   const c10::DeviceGuard guard(input.device());
-  return fused_rms_norm(input, scale, eps, kCudaKernels);
+  return fused_rms_norm(input, scale, eps, kCuda);
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward_cuda(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask) {
   const c10::DeviceGuard guard(input.device());
-  return fused_rms_norm_backward(grad_output, input, scale, eps, output_mask, kCudaKernels);
+  return fused_rms_norm_backward(grad_output, input, scale, eps, output_mask, kCuda);
 }
 
 }  // namespace
