@@ -61,6 +61,8 @@ def build_wheel(
     wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
 ) -> str:
     """A wheel whose shared packages start from `__init__.abi3.so`."""
+    for staged in ROOT.glob("build/lib*"):  # of an earlier wheel, maybe with files since removed
+        shutil.rmtree(staged)
     name = build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)
     with rewritten(Path(wheel_directory, name)) as content:
         add_stubs(content)

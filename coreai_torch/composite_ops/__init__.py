@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .. import _coexistence
 
-__all__: list[str] = []
+__all__ = ["RMSNorm", "RMSNormImpl"]  # Apple's __init__ replaces it with a longer list
 
 _coexistence.run_apple_init(__name__)
 
@@ -18,5 +18,3 @@ if TYPE_CHECKING:  # for a type checker these are Apple's, or Any where Apple's 
     from ._gather_mm import GatherMM as GatherMM
     from ._rope import RoPE as RoPE
     from ._sdpa import SDPA as SDPA
-
-__all__ = sorted({*__all__, "RMSNorm", "RMSNormImpl"})
