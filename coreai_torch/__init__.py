@@ -4,6 +4,7 @@
     from coreai_torch.ops import rms_norm                # the function
     from coreai_torch.reference import rms_norm          # the same in plain PyTorch operations
     from coreai_torch import ExternalizeSpec             # tells a converter what to externalize
+    from coreai_torch.conversion import convert, load    # to Core AI and its runtime, with Apple's
 
 Apple's converter has the same import name. Where it is installed, its names are here as well, and
 `ExternalizeSpec` and `__version__` are its own; `_coexistence` says how.

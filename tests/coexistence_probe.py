@@ -73,6 +73,14 @@ def check_what_the_converter_is_asked_for() -> None:
             exec(statement)
 
 
+def check_conversion_says_what_is_missing() -> None:
+    from coreai_torch.composite_ops import RMSNorm
+    from coreai_torch.conversion import convert
+
+    with pytest.raises(ImportError, match="pip install coreai-torch=="):
+        convert(RMSNorm(8), (torch.randn(2, 8),))
+
+
 def main(expected: set[str]) -> None:
     if "ours" in expected:
         check_training_on_the_kernels()
@@ -84,6 +92,7 @@ def main(expected: set[str]) -> None:
         check_conversion()
     else:
         check_what_the_converter_is_asked_for()
+        check_conversion_says_what_is_missing()
 
 
 warnings.simplefilter("ignore")

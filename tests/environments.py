@@ -26,14 +26,15 @@ def run(*command: object, **options: object) -> str:
 
 @dataclass(frozen=True)
 class Build:
-    """What a checkout builds: the unpacked sdist, with its build folder, and the wheel."""
+    """What a checkout builds."""
 
-    source: Path
+    source: Path  # the unpacked sdist, with the modules built in place
     wheel: Path
+    editable: Path  # the wheel that `pip install -e` builds
 
 
 def build(folder: Path) -> Build:
-    """checkout -> sdist -> wheel: what the build needs and the sdist lacks shows here."""
+    """checkout -> sdist -> wheels: what the build needs and the sdist lacks shows here."""
     checkout = folder / "checkout"
     ignored = shutil.ignore_patterns("build", ".git", ".venv*", "*.so", "*.egg-info", "runs")
     shutil.copytree(ROOT, checkout, ignore=ignored)
@@ -46,7 +47,10 @@ def build(folder: Path) -> Build:
     pip = (sys.executable, "-m", "pip", "-q")
     run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder / "wheels", source)
     (wheel,) = (folder / "wheels").glob("*.whl")
-    return Build(source, wheel)
+    code = "import coreai_torch_build as b; print(b.build_editable('dist'))"
+    run(sys.executable, "-c", code, cwd=source, env={**os.environ, "PYTHONPATH": "build_backend"})
+    (editable,) = (source / "dist").glob("*.whl")
+    return Build(source, wheel, editable)
 
 
 class Environment:
