@@ -14,6 +14,7 @@ from convert_cases import (
     Block,
     NormAlone,
     OwnScale,
+    TwoNorms,
     calls,
     composite_graphs,
     text,
