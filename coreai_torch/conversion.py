@@ -103,12 +103,14 @@ def load(path: str | Path, function: str = "main") -> Iterator[Callable[..., dic
 
     Yields:
         A callable, with the program's inputs as keyword arguments, tensors on the CPU of the dtypes
-        and shapes that it was converted for. It returns its outputs by name.
+        and shapes that it was converted for; int64 is passed on as the int32 that the converter
+        makes of it. It returns its outputs by name.
 
     Raises:
         ImportError: the runtime is not installed.
         FileNotFoundError: there is no program.
-        ValueError: (the callable) other names than those of the inputs.
+        ValueError: (the callable) other names than those of the inputs, or integers that take more
+            than 32 bits.
         RuntimeError: (the callable) other dtypes or shapes; and in a thread that is running an
             event loop, as notebooks do: `coreai.runtime` itself is for these.
     """
@@ -178,6 +180,11 @@ def _to_numpy(tensor: Tensor) -> Any:
     import ml_dtypes
 
     tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.int64:  # the converter makes int32 of it
+        narrow = tensor.int()
+        if not torch.equal(narrow, tensor):
+            raise ValueError("expected integers that fit into 32 bits, got larger ones")
+        return narrow.numpy()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
