@@ -9,7 +9,7 @@ CONVERTER := $(VENV)/.converter
 # A CPU build of torch that is known to work. Set TORCH to use another: make TORCH=torch
 TORCH ?= torch==2.13.0
 
-NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f) CMakeLists.txt setup.py \
+NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt setup.py \
   pyproject.toml
 
 .PHONY: help demo converter test test-slow test-cpp test-aarch64 bench lint format clean
