@@ -53,6 +53,7 @@ def test_apple_then_ours(env: Environment, built: Build):
     env.probe("apple")
     env.install(built.wheel)
     env.probe("ours", "apple")
+    env.pip("check")
     status, report = env.report()
     assert status == 0, report
     assert f"coreai-torch {APPLE.rpartition('=')[2]} (tested)" in report
