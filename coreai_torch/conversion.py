@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _coexistence
+from ._coexistence import INSTALL
 from .composite_ops import RMSNormImpl
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def load(path: str | Path, function: str = "main") -> Iterator[Callable[..., dic
     except ImportError as error:
         raise ImportError(
             f"load: expected Core AI's runtime, coreai-core, to be installed, got: {error}; "
-            f"install it with: {_coexistence.INSTALL}"
+            f"install it with: {INSTALL}"
         ) from error
     if not Path(path).is_dir():
         raise FileNotFoundError(

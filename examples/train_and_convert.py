@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 from train_lm import Config, draw_batch, learning_rate, make_lane, read_corpus, train_step
 
-from coreai_torch.conversion import composites, convert, load
+import coreai_torch
+from coreai_torch.conversion import INSTALL, composites, convert, load
 
 CPU = torch.device("cpu")
 WINDOWS = 8  # of held-out text, on which logits and losses are compared
@@ -146,6 +147,8 @@ def main() -> int:
         "--out", type=Path, default=Path("runs/convert"), help="folder of the program (%(default)s)"
     )
     args = parser.parse_args()
+    if not hasattr(coreai_torch, "converter"):  # said before the training and not after it
+        parser.error(f"Apple's converter is not here: {INSTALL}; python -m coreai_torch says more")
 
     model, cfg = trained(args)
     model.eval()
