@@ -47,13 +47,13 @@ def run_apple_init(package: str) -> bool:
         return False
     if str(folder) not in module.__path__:
         module.__path__.append(str(folder))
-    code = SourceFileLoader(package, str(folder / "__init__.py")).get_code(package)
-    assert code is not None  # None is for modules without Python code
     doc = module.__doc__
     try:
+        code = SourceFileLoader(package, str(folder / "__init__.py")).get_code(package)
+        assert code is not None  # None is for modules without Python code
         exec(code, vars(module))
-    except ImportError as error:
-        problem = f"is installed but cannot be imported ({error})"
+    except Exception as error:  # whatever it is, training does not depend on it
+        problem = f"is installed but cannot be imported ({type(error).__name__}: {error})"
         warnings.warn(f"coreai_torch: Apple's coreai-torch {problem}", stacklevel=2)
         _explain_apple_names(module, problem)
         return False

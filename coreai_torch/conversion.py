@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._coexistence import INSTALL
+from ._coexistence import INSTALL as INSTALL
 from .composite_ops import RMSNormImpl
 
 if TYPE_CHECKING:

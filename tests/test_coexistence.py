@@ -188,7 +188,9 @@ def test_a_converter_that_does_not_load(env: Environment, built: Build, tmp_path
         text=True,
         check=False,
     )
-    assert "installed but cannot be imported (No module named 'coreai'" in done.stderr, done.stderr
+    assert "cannot be imported (ModuleNotFoundError: No module named 'coreai'" in done.stderr, (
+        done.stderr
+    )
     status, report = env.report()
     assert status == 1
     assert "PROBLEM  converter: coreai_torch.TorchConverter is part of Apple's converter" in report
