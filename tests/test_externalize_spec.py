@@ -30,6 +30,13 @@ def test_attributes_need_the_name_of_an_op(spec, attrs):
         spec(RMSNormImpl, composite_attrs=attrs)
 
 
+def test_the_wording_of_ours():
+    with pytest.raises(
+        ValueError, match="expected composite_op_name with composite_attrs, got None"
+    ):
+        OurSpec(RMSNormImpl, composite_attrs=["eps"])
+
+
 def test_fields_are_apples():
     apple = pytest.importorskip(
         "coreai_torch.externalize", reason="Apple's converter is not installed: make converter"
