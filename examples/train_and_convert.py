@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,6 +148,8 @@ def main() -> int:
         "--out", type=Path, default=Path("runs/convert"), help="folder of the program (%(default)s)"
     )
     args = parser.parse_args()
+    # Of torch about its own copying of exported programs, once for each.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
     if not hasattr(coreai_torch, "converter"):  # said before the training and not after it
         parser.error(f"Apple's converter is not here: {INSTALL}; python -m coreai_torch says more")
 
