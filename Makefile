@@ -4,24 +4,34 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CONVERTER := $(VENV)/.converter
 
 # A CPU build of torch that is known to work. Set TORCH to use another: make TORCH=torch
 TORCH ?= torch==2.13.0
 
-NATIVE_SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt setup.py \
+  pyproject.toml
 
 CPP_FILES = $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-slow test-cpp test-cuda test-aarch64 bench bench-cuda lint format clean
+.PHONY: help demo converter test test-slow test-cpp test-cuda test-aarch64 bench bench-cuda lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(INSTALLED)  ## train a small language model with our norm, PyTorch's and the reference
+demo: $(INSTALLED)  ## train a small language model with three norms; convert it where that is set up
 	$(BIN)/python examples/train_lm.py --compare --out runs/demo
+	@if $(BIN)/python -W ignore -c "import coreai_torch.converter" 2> /dev/null; then \
+	  $(BIN)/python examples/train_and_convert.py --checkpoint runs/demo/checkpoint.pt; \
+	else \
+	  echo "To convert the model to Core AI and run it there, too: make converter && make demo"; \
+	fi
+
+converter: $(CONVERTER)  ## install Apple's converter and runtime, for the demo and the tests
 
 test: $(INSTALLED) test-cpp  ## the C++ tests and the Python tests, but the slow ones
+	@$(MAKE) -s converter || echo "Without Apple's converter: the tests of conversion are skipped."
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-slow: $(INSTALLED)  ## the slow tests
@@ -73,6 +83,11 @@ $(INSTALLED): $(BIN)/python $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12"
 	PATH="$(abspath $(BIN)):$$PATH" CMAKE_ARGS="-DCOREAI_TORCH_WERROR=ON $(CMAKE_ARGS)" \
 	  $(BIN)/pip install -q --no-build-isolation -e ".[test,demo,lint]"
+	touch $@
+
+# The extra of what is installed already, so pip adds only Apple's packages.
+$(CONVERTER): $(INSTALLED)
+	$(BIN)/pip install -q "coreai-torch-rmsnorm[convert]"
 	touch $@
 
 $(BIN)/python:

@@ -159,7 +159,8 @@ class CMakeBuild(build_ext):
         subprocess.check_call(
             ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *arguments]
         )
-        subprocess.check_call(["ninja", "-C", str(folder), "-j", parallel_jobs(), "_C"])
+        targets = ["_C", "package_init"]  # the latter for build_backend/
+        subprocess.check_call(["ninja", "-C", str(folder), "-j", parallel_jobs(), *targets])
         target.joinpath(TORCH_RECORD).write_text(torch.__version__)
 
     def copy_extensions_to_source(self) -> None:

@@ -68,6 +68,12 @@ def _cpu_levels() -> str:
     return " ".join(names) + "    [in use], (this processor cannot)"
 
 
+def _package() -> str:
+    import coreai_torch
+
+    return f"{_version('coreai-torch-rmsnorm')}; {coreai_torch.__file__}"
+
+
 def _rms_norm_impl() -> str:
     import torch
 
@@ -78,18 +84,38 @@ def _rms_norm_impl() -> str:
     function = y.grad_fn.name() if y.grad_fn is not None else "no gradient"
     if "RmsNormFunction" not in function:
         raise RuntimeError(
-            f"RMSNormImpl of {RMSNormImpl.__module__} does not run the fused kernels ({function})"
+            f"{RMSNormImpl.__module__}.RMSNormImpl is in use, which does not run the fused kernels "
+            f"({function}). If it is Apple's: reinstall coreai-torch-rmsnorm, and see that no "
+            "folder with Apple's package comes before it on sys.path"
         )
     return f"{RMSNormImpl.__module__}, fused"
 
 
 def _converter() -> str:
-    version = _version("coreai-torch")
-    return version if version == "not installed" else f"coreai-torch {version}"
+    from ._coexistence import INSTALL, TESTED_VERSIONS
+
+    version, core = _version("coreai-torch"), _version("coreai-core")
+    if version == "not installed":
+        return f"not installed; {INSTALL}"
+    from coreai_torch import TorchConverter
+
+    pins = [r for r in importlib.metadata.requires("coreai-torch") or [] if "coreai-core" in r]
+    if pins and pins != [f"coreai-core=={core}"]:
+        raise RuntimeError(f"coreai-torch {version} requires {pins[0]}, but it is {core}")
+    tested = "tested" if version in TESTED_VERSIONS else f"not tested; {INSTALL}"
+    return f"{TorchConverter.__module__} of coreai-torch {version} ({tested})"
+
+
+def _runtime() -> str:
+    try:
+        import coreai.runtime as runtime
+    except ModuleNotFoundError as error:
+        return f"not installed ({error})"
+    return f"{runtime.__name__} of coreai-core {_version('coreai-core')}"
 
 
 PROBES: dict[str, Callable[[], str]] = {
-    "coreai-torch-rmsnorm": lambda: _version("coreai-torch-rmsnorm"),
+    "coreai-torch-rmsnorm": _package,
     "python": lambda: f"{platform.python_version()} on {platform.platform()}",
     "torch": _torch,
     "kernels": _kernels,
@@ -97,6 +123,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "CPU levels": _cpu_levels,
     "RMSNormImpl": _rms_norm_impl,
     "converter": _converter,
+    "runtime": _runtime,
 }
 
 

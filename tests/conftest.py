@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
+from environments import Build, build
+
+import coreai_torch
+
+if not hasattr(coreai_torch, "backends"):
+    pytest.exit(
+        "Apple's package is imported instead of this project's, from "
+        f"{coreai_torch.__file__}: build_backend/README.md says what comes before what",
+        returncode=1,
+    )
 
 from coreai_torch.backends import cpu
 from coreai_torch.composite_ops import RMSNormImpl
@@ -14,6 +27,14 @@ def pytest_sessionstart() -> None:
     y = RMSNormImpl()(x, torch.ones(8))
     assert y.grad_fn is not None
     assert "RmsNormFunction" in y.grad_fn.name(), "RMSNormImpl does not run the fused kernels"
+    if os.environ.get("REQUIRE_CONVERTER") and importlib.util.find_spec("coreai") is None:
+        pytest.exit("REQUIRE_CONVERTER is set, but the converter is not installed", returncode=1)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """An sdist and a wheel of this checkout."""
+    return build(tmp_path_factory.mktemp("built"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
+from environments import ROOT, run
 
-ROOT = Path(__file__).parents[1]
 IN_CHECKOUT = (ROOT / "setup.py").exists()
-
-
-def run(*command: object, **options: object) -> str:
-    done = subprocess.run(
-        [str(c) for c in command], capture_output=True, text=True, check=False, **options
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_kernels_include_no_framework():
@@ -41,32 +30,21 @@ def test_environment_report():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not IN_CHECKOUT, reason="needs a checkout")
-def test_sdist_to_wheel_to_a_fresh_environment(tmp_path):
-    """sdist -> wheel -> new environment: nothing that the build needs is missing from the sdist."""
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns("build", ".git", ".venv*", "*.so", "*.egg-info", "runs"),
-    )
-    code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
-    run(sys.executable, "-c", code, cwd=source)
-    (sdist,) = (source / "dist").glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    (unpacked,) = (tmp_path / "unpacked").iterdir()
-
-    pip = [sys.executable, "-m", "pip", "-q"]
-    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, unpacked)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = zipfile.ZipFile(wheel).namelist()
-    for name in ("py.typed", "_C.pyi", "_build_torch_version", "composite_ops/rms_norm.py"):
+def test_what_a_wheel_holds(built, tmp_path):
+    held = zipfile.ZipFile(built.wheel).namelist()
+    for package in ("coreai_torch", "coreai_torch/composite_ops"):
+        assert f"{package}/__init__.abi3.so" in held
+        assert f"{package}/_package_init.py" in held
+        assert f"{package}/__init__.py" not in held
+    for name in ("_C.pyi", "_build_torch_version", "composite_ops/rms_norm.py"):
         assert f"coreai_torch/{name}" in held
-    assert [name for name in held if name.endswith(".so")]
+    for name in ("py.typed", "__init__.pyi", "composite_ops/rms_norm.pyi"):
+        assert f"coreai_torch-stubs/{name}" in held
+    assert [name for name in held if name.startswith("coreai_torch/_C.") and name.endswith(".so")]
     assert not [name for name in held if name.startswith(("tests", "csrc", "benchmarks"))]
 
     site = tmp_path / "site"
-    run(*pip, "install", "--no-deps", "--target", site, wheel)
+    run(sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--target", site, built.wheel)
     report = run(
         sys.executable,
         "-m",

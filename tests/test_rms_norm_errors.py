@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from coreai_torch import _C, ExternalizeSpec, ops, reference
+from coreai_torch import _C, ops, reference
 from coreai_torch.backends import cpu
 from coreai_torch.composite_ops import RMSNorm, RMSNormImpl
 
@@ -124,11 +124,6 @@ def test_wrong_constructor_arguments(arguments, message):
 
 def test_eps_of_zero_is_valid():
     assert torch.equal(RMSNormImpl(eps=0)(X, W), reference.rms_norm(X, W, 0))
-
-
-def test_attributes_without_an_op():
-    with pytest.raises(ValueError, match="expected composite_op_name with composite_attrs"):
-        ExternalizeSpec(RMSNormImpl, composite_attrs=["eps"])
 
 
 def test_unknown_level():

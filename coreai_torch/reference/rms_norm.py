@@ -19,7 +19,8 @@ def rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
     """
     check_rms_norm(input, scale, eps)
     wide = input if input.dtype == torch.float64 else input.float()
-    normalized = wide * wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    # A product and not a square(), which a converter would turn into a power.
+    normalized = wide * (wide * wide).mean(-1, keepdim=True).add(eps).rsqrt()
     if scale.dtype == torch.float32 and input.dtype != torch.float32:
         return (normalized * scale).to(input.dtype)
     return normalized.to(input.dtype) * scale
