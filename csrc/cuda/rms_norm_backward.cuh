@@ -1,7 +1,9 @@
 // RMSNorm backward: kernels, and which of them runs.
 //
-//   grad_input = (g - n * mean(g * n)) * rstd         with g = grad_output * scale, n = input *
-//   rstd grad_scale = sum over rows of grad_output * n
+//   n = input * rstd
+//   g = grad_output * scale
+//   grad_input = (g - n * mean(g * n)) * rstd
+//   grad_scale = sum over rows of grad_output * n
 //
 // The statistics are taken anew from the row that is read anyway. The sum over rows is taken in two
 // stages: each block (or cluster) sums the rows that it visits and writes one partial sum; a second
@@ -24,11 +26,10 @@ struct BackwardArgs {
   void* partial;     // (groups, parts, dim); not in use where parts == 1
   void* statistics;  // (rows, 2): see RowStatistics; of the wide kernels
   int64_t dim;
+  int64_t rows_of_group;
   int64_t parts;  // blocks (or clusters) that share the rows of a group
   double eps;
   RowLayout<3> layout;  // grad_output, input, grad_input
-
-  __device__ __forceinline__ int64_t rows_of_group() const { return layout.rows / layout.groups; }
 };
 
 // What the gradient of a row's elements needs to know of the whole row.
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
     const unsigned parts = unsigned(args.parts);
     const int64_t group = blockIdx.x / cluster / parts;
     const int64_t part = blockIdx.x / cluster % parts;
-    const int64_t rows = args.rows_of_group();
+    const int64_t rows = args.rows_of_group;
     const auto column = [=](int i) { return ((i * cluster + rank) * threads + lane) * N; };
 
     BackwardAccess<Input, Scale, N> next[accesses];
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(kColumnsBlock)
   w.load_cached(static_cast<const Scale*>(args.scale) + group * args.dim + column);
   const auto* statistics = static_cast<const RowStatistics<Number>*>(args.statistics);
   Number grad_scale[N] = {};
-  const int64_t rows = args.rows_of_group();
+  const int64_t rows = args.rows_of_group;
 #pragma unroll 1
   for (int64_t first = part; first < rows; first += kColumnsBatch * args.parts) {
     BackwardAccess<Input, Scale, N> access[kColumnsBatch];
@@ -425,11 +426,16 @@ cudaError_t sum_partials(const BackwardArgs& args, cudaStream_t stream) {
       args);
 }
 
+template <int N, class W>
+Launch rows_launch(int64_t units, cudaStream_t stream) {
+  return {
+      units * W::kCluster, W::kBlock, sizeof(float) * kBackwardBuffer<N, W>, stream, W::kCluster};
+}
+
 template <class Input, class Scale, int N, class W>
 cudaError_t run_rows(const BackwardArgs& args, const BackwardPlan& plan, int, cudaStream_t stream) {
   return launch(
-      {args.layout.groups * plan.parts * W::kCluster, W::kBlock,
-       sizeof(float) * kBackwardBuffer<N, W>, stream, W::kCluster},
+      rows_launch<N, W>(args.layout.groups * plan.parts, stream),
       rms_norm_backward_rows<Input, Scale, N, W>, args);
 }
 
@@ -458,11 +464,12 @@ BackwardPlan plan_with_access(const RmsNormBackward& call, int device) {
   BackwardPlan plan = {};
   const bool done = with_width(Candidates{}, ceil_divide(shape.dim, N), [&](auto width) {
     using W = decltype(width);
-    if (W::kCluster > 1 && !supports_clusters(device, rms_norm_backward_rows<Input, Scale, N, W>)) {
-      return false;
+    int64_t resident = processors * BackwardRegisters<Input, Scale, N, W>::kBlocks;
+    if (W::kCluster > 1) {
+      resident = resident_clusters(
+          device, rms_norm_backward_rows<Input, Scale, N, W>, rows_launch<N, W>(0, nullptr));
+      if (resident == 0) return false;
     }
-    const int64_t resident =
-        processors * BackwardRegisters<Input, Scale, N, W>::kBlocks / W::kCluster;
     plan.parts = parts_of_group(shape, resident, W::kBlockRows);
     plan.run = run_rows<Input, Scale, N, W>;
     return true;
@@ -516,6 +523,7 @@ cudaError_t rms_norm_backward(const RmsNormBackward& call, int device, cudaStrea
       call.workspace,
       static_cast<char*>(call.workspace) + plan.partial_bytes,
       shape.dim,
+      shape.rows / shape.groups,
       plan.parts,
       shape.eps,
       RowLayout<3>(shape, {call.grad_output_strides, call.input_strides, call.grad_input_strides})};

@@ -188,11 +188,11 @@ cudaError_t forward_with_access(const ForwardArgs& args, int device, cudaStream_
   const bool done = with_width(Candidates{}, accesses, [&](auto width) {
     using W = decltype(width);
     constexpr auto kernel = rms_norm_forward_rows<Input, Scale, N, W>;
-    if (W::kCluster > 1 && !supports_clusters(device, kernel)) return false;
     constexpr size_t shared =
         sizeof(float) * kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 1>;
-    error = launch_over_rows(
-        {0, W::kBlock, shared, stream, W::kCluster}, kernel, args, args.layout.rows, W::kBlockRows);
+    const Launch how = {0, W::kBlock, shared, stream, W::kCluster};
+    if (W::kCluster > 1 && resident_clusters(device, kernel, how) == 0) return false;
+    error = launch_over_rows(how, kernel, args, args.layout.rows, W::kBlockRows);
     return true;
   });
   if (done) return error;

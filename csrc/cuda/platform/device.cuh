@@ -125,7 +125,7 @@ __device__ __forceinline__ void cluster_store(float* p, unsigned rank, float val
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 }
-#else  // compiled, but supports_clusters() says no
+#else  // compiled, but resident_clusters() is 0
 constexpr bool kHasClusters = false;
 
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
@@ -143,14 +143,6 @@ inline int multiprocessors(int device) {
   const int count = attribute(cudaDevAttrMultiProcessorCount, device);
   return count > 0 ? count : 1;
 }
-// Can the kernel run in clusters there? The card must have them, and the code that was loaded must
-// have been compiled for one that has: PTX of an older target runs on newer cards too.
-template <class Args>
-bool supports_clusters(int device, void (*kernel)(Args)) {
-  cudaFuncAttributes attributes;
-  return attribute(cudaDevAttrClusterLaunch, device) != 0 &&
-         cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-}
 inline cudaError_t fill_zero(void* p, size_t bytes, cudaStream_t stream) {
   return cudaMemsetAsync(p, 0, bytes, stream);
 }
@@ -163,23 +155,46 @@ struct Launch {
   int cluster = 1;  // blocks in a cluster
 };
 
-template <class Args>
-cudaError_t launch(const Launch& how, void (*kernel)(Args), const Args& args) {
-  if (how.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+// What the runtime asks to know of a launch; `cluster` must live as long as the result.
+inline cudaLaunchConfig_t launch_config(const Launch& how, cudaLaunchAttribute* cluster) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
-  cudaLaunchAttribute cluster;
   if (how.cluster > 1) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(how.cluster);
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
+    cluster->id = cudaLaunchAttributeClusterDimension;
+    cluster->val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    cluster->val.clusterDim.y = 1;
+    cluster->val.clusterDim.z = 1;
+    config.attrs = cluster;
     config.numAttrs = 1;
   }
+  return config;
+}
+
+// How many clusters of such a launch run at once; 0 where there can be none. The card must have
+// clusters, and the code that was loaded must have been compiled for one that has: PTX of an older
+// target runs on newer cards too.
+template <class Args>
+int resident_clusters(int device, void (*kernel)(Args), Launch how) {
+  if (attribute(cudaDevAttrClusterLaunch, device) == 0) return 0;
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) {
+    return 0;
+  }
+  how.blocks = how.cluster;
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = launch_config(how, &cluster);
+  int count = 0;
+  return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess ? count : 0;
+}
+
+template <class Args>
+cudaError_t launch(const Launch& how, void (*kernel)(Args), const Args& args) {
+  if (how.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = launch_config(how, &cluster);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

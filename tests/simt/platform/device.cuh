@@ -102,10 +102,6 @@ inline const char* last_error = nullptr;  // what went wrong in the last launch
 inline int launches = 0;
 
 inline int multiprocessors(int) { return card.multiprocessors; }
-template <class Args>
-bool supports_clusters(int, void (*)(Args)) {
-  return card.clusters;
-}
 inline cudaError_t fill_zero(void* p, size_t bytes, cudaStream_t) {
   memset(p, 0, bytes);
   return cudaSuccess;
@@ -118,6 +114,12 @@ struct Launch {
   cudaStream_t stream;
   int cluster = 1;
 };
+
+template <class Args>
+int resident_clusters(int, void (*)(Args), const Launch& how) {
+  if (!card.clusters) return 0;
+  return card.multiprocessors > how.cluster ? card.multiprocessors / how.cluster : 1;
+}
 
 template <class Args>
 cudaError_t launch(const Launch& how, void (*kernel)(Args), const Args& args) {
