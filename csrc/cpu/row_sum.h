@@ -147,14 +147,14 @@ inline void row_sums(int64_t dim, const Terms& terms, Real* sums) {
     }
   }
 
-  Real rest[N][kStepLanes];
+  alignas(64) Real rest[N][kStepLanes];  // finish_row_sum() may be compiled for aligned ones
   for_each_pair(steps * kStepLanes, dim, [&](auto part, int64_t i) {
     Pair term[N];
     terms(part, i, term);
     for (int q = 0; q < N; ++q) store(&rest[q][i - steps * kStepLanes], term[q]);
   });
   for (int q = 0; q < N; ++q) {
-    Real accumulators[kStepLanes];
+    alignas(64) Real accumulators[kStepLanes];
     for (int p = 0; p < kStepPairs; ++p) store(&accumulators[p * Pair::kLanes], sum[q][p]);
     sums[q] = finish_row_sum(accumulators, rest[q], dim);
   }
