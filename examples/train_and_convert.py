@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lm_model import LanguageModel
+from lm_parallel import Processes
 from torch import Tensor
 from tqdm import tqdm
 from train_lm import Config, draw_batch, learning_rate, make_lane, read_corpus, train_step
@@ -47,12 +48,12 @@ def trained(args: argparse.Namespace) -> tuple[LanguageModel, Config]:
     if args.checkpoint:
         checkpoint = torch.load(args.checkpoint, map_location=CPU, weights_only=True)
         cfg = Config(**checkpoint["config"] | {"dtype": "float32"})
-        lane = make_lane("fused", cfg, CPU)
+        lane = make_lane("fused", cfg, Processes(None, CPU))
         lane.model.load_state_dict(checkpoint["lanes"][0]["model"])
         return lane.model, cfg
     cfg = Config(steps=args.steps)
     data, _ = read_corpus(cfg.data_mb)
-    lane = make_lane("fused", cfg, CPU)
+    lane = make_lane("fused", cfg, Processes(None, CPU))
     bar = tqdm(range(cfg.steps), desc="training", unit="step")
     for step in bar:
         batch = draw_batch(data, cfg, "train", step, CPU)
