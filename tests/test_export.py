@@ -96,7 +96,7 @@ def test_decomposed_it_is_the_reference_s_program(strict):
         assert torch.equal(ours.module()(y), model(y))
 
 
-@pytest.mark.parametrize("pair", itertools.product(DTYPES, DTYPES), ids=names)
+@pytest.mark.parametrize("pair", list(itertools.product(DTYPES, DTYPES)), ids=names)
 def test_decomposed_every_pair_of_dtypes(pair):
     class Norm(nn.Module):
         def forward(self, x, w):
