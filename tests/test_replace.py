@@ -11,92 +11,13 @@ import sys
 import pytest
 import torch
 from cases import names
+from replace_cases import DIM, T5, Gemma, HardCoded, L2Norm, Llama, Olmo, PerHead
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
 
 import coreai_torch
 from coreai_torch import reference, replace_rms_norm, restore_rms_norm
 from coreai_torch.composite_ops import RMSNorm, RMSNormImpl
-
-DIM = 32
-
-
-class Llama(nn.Module):
-    """Rounds before it multiplies, in the dtype that both promote to."""
-
-    def __init__(self, dim: int = DIM, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = hidden_states.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(hidden_states.dtype)
-
-
-class Gemma(Llama):
-    """The scale is 1 + weight; rounds at the end."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = hidden_states.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (wide * (1.0 + self.weight.float())).type_as(hidden_states)
-
-
-class Olmo(Llama):
-    """Rounds at the end."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = hidden_states.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight * wide).to(hidden_states.dtype)
-
-
-class T5(Llama):
-    """The result has the dtype of the weight."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        variance = hidden_states.float().pow(2).mean(-1, keepdim=True)
-        normalized = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        if self.weight.dtype != torch.float32:
-            normalized = normalized.to(self.weight.dtype)
-        return self.weight * normalized
-
-
-class HardCoded(nn.Module):
-    """Shows its eps nowhere, and its parameter has another name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(DIM))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide / (wide.pow(2).mean(-1, keepdim=True) + 3e-5).sqrt()).type_as(x) * self.gain
-
-
-class PerHead(nn.Module):
-    """A weight per head around a norm that has none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(DIM, eps=1e-6, elementwise_affine=False)
-        self.weight = nn.Parameter(torch.ones(4, 1, DIM))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.norm(x) * self.weight).type_as(x)
-
-
-class L2Norm(nn.Module):
-    """Without weight and without a width of its own."""
-
-    eps = 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
-
 
 NORMS = {
     "nn": lambda: nn.RMSNorm(DIM, eps=1e-6),

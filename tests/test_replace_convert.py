@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from convert_cases import ATTRIBUTES, calls, composite_graphs, text
-from test_replace import Gemma, PerHead
+from replace_cases import MODELS, MORE_MODELS, Gemma, PerHead, inputs, make
 from torch import Tensor, nn
 
 from coreai_torch import replace_rms_norm
@@ -87,12 +87,10 @@ class Logits(nn.Module):
 )
 def test_models_of_transformers(name, tmp_path: Path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    import test_replace_models as models
-
-    model = models.make(name)
+    model = make(name)
     count = len(replace_rms_norm(model).replaced)
-    assert count == (models.MODELS | models.MORE_MODELS)[name][-1]
-    tokens = models.inputs()["input_ids"]
+    assert count == (MODELS | MORE_MODELS)[name][-1]
+    tokens = inputs()["input_ids"]
     logits = Logits(model).eval()
     program = convert(logits, (tokens,), input_names=["tokens"], output_names=["logits"])
     assert calls(program, "rms_norm") == count

@@ -10,91 +10,15 @@ from typing import Any
 import pytest
 import torch
 from cases import names
+from replace_cases import MODELS, MORE_MODELS, inputs, make
 from torch import Tensor, nn
 
 from coreai_torch import replace_rms_norm, restore_rms_norm
 from coreai_torch.composite_ops import RMSNormImpl
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
 
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-HEADS = {"head_dim": 16}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-T5 = {
-    "vocab_size": 96,
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 96,
-    "num_layers": 2,
-    "num_heads": 4,
-    "dropout_rate": 0.0,
-    "decoder_start_token_id": 0,
-}
-
-# Class of the configuration, its arguments, class of the model, number of norms in it.
-MODELS: dict[str, tuple[str, dict[str, Any], str, int]] = {
-    "Llama": ("LlamaConfig", SMALL, "LlamaForCausalLM", 5),
-    "Mistral": ("MistralConfig", SMALL, "MistralForCausalLM", 5),
-    "Qwen2": ("Qwen2Config", SMALL, "Qwen2ForCausalLM", 5),
-    "Qwen3": ("Qwen3Config", SMALL | HEADS, "Qwen3ForCausalLM", 9),
-    "Gemma2": ("Gemma2Config", SMALL | HEADS, "Gemma2ForCausalLM", 9),
-    "Gemma3": ("Gemma3TextConfig", SMALL | HEADS, "Gemma3ForCausalLM", 13),
-    "OLMo2": ("Olmo2Config", SMALL, "Olmo2ForCausalLM", 9),
-    "Phi-3": ("Phi3Config", SMALL, "Phi3ForCausalLM", 5),
-    "T5": ("T5Config", T5, "T5ForConditionalGeneration", 12),
-}
-MORE_MODELS: dict[str, tuple[str, dict[str, Any], str, int]] = {
-    "Gemma": ("GemmaConfig", SMALL | HEADS, "GemmaForCausalLM", 5),
-    "Mixtral": ("MixtralConfig", SMALL | {"num_local_experts": 4}, "MixtralForCausalLM", 5),
-    "Qwen3-MoE": ("Qwen3MoeConfig", SMALL | HEADS | EXPERTS, "Qwen3MoeForCausalLM", 9),
-    "Llama 4": (
-        "Llama4TextConfig",
-        SMALL | HEADS | {"num_local_experts": 4, "intermediate_size_mlp": 96},
-        "Llama4ForCausalLM",
-        7,
-    ),
-    "Qwen3-Next": (
-        "Qwen3NextConfig",
-        SMALL
-        | HEADS
-        | EXPERTS
-        | {
-            "layer_types": ["linear_attention", "full_attention"],
-            "shared_expert_intermediate_size": 32,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-        },
-        "Qwen3NextForCausalLM",
-        7,
-    ),
-}
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
-
-
-def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model, with scales that are not all the same."""
-    config, arguments, model_class, _ = (MODELS | MORE_MODELS)[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, config)(**arguments)
-    model = getattr(transformers, model_class)(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.3 * torch.randn(parameter.shape)
-    return model.to(dtype).eval()
 
 
 def with_and_without(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -105,11 +29,6 @@ def with_and_without(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.
     assert len(report.replaced) == expected
     assert sum(isinstance(m, RMSNormImpl) for m in fused.modules()) == expected
     return fused, model
-
-
-def inputs(length: int = 12) -> dict[str, Tensor]:
-    tokens = torch.randint(3, 96, (2, length), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": tokens, "labels": tokens}
 
 
 def gradients(model: nn.Module) -> Tensor:
