@@ -80,7 +80,7 @@ class Report:
 
     def __str__(self) -> str:
         verb = "to replace" if self.dry_run else "replaced"
-        lines = [f"{len(self.replaced)} norms {verb}, {len(self.skipped)} left as they are"]
+        lines = [f"norms {verb}: {len(self.replaced)}, left as they are: {len(self.skipped)}"]
         for title, found in (("", self.replaced), ("left: ", self.skipped)):
             for text, count in Counter(map(str, found.values())).items():
                 first = next(path for path, value in found.items() if str(value) == text)
@@ -100,9 +100,10 @@ def replace_rms_norm(
     A module is taken for an RMSNorm if its forward has one argument, its only parameter (if any)
     is a weight, and what it computes of random inputs of several dtypes and magnitudes, with a
     random weight, is ``x / sqrt(mean(x²) + eps) · (offset + weight)`` over the last dimension,
-    offset 0 or 1: output, gradients and the dtypes of these, up to rounding. The tests are made on
-    a copy, beside its hooks. It remains the module that it is, with the same parameter, hooks,
-    attributes, training mode and state_dict. Later changes of its eps have no effect.
+    offset 0 or 1: output, gradients and the dtypes of these, up to rounding, in training and out of
+    it. The trials are made on a copy, beside its hooks. It remains the module that it is, with the
+    same parameter, hooks, attributes, training mode and state_dict. Later changes of its eps have
+    no effect.
 
     Args:
         model: before it is sharded (FSDP2, DTensor). It may be on any device, the meta device
@@ -387,8 +388,8 @@ class _Probe:
         for x_dtype, weight_dtype in pairs:
             required = weight_dtype == self.dtype and x_dtype == self.dtype
             try:
-                for magnitude in (1.0, 1e-3, 64.0):
-                    cases.append(self._case(x_dtype, weight_dtype, magnitude))
+                for magnitude, training in ((1.0, False), (1e-3, True), (64.0, False)):
+                    cases.append(self._case(x_dtype, weight_dtype, magnitude, training))
             except Exception as error:
                 if required:
                     raise _NotReplaced(_raised(error)) from error
@@ -421,9 +422,9 @@ class _Probe:
         given = Counter(f"{case.output.dtype} of {case.x.dtype}" for case in cases)
         raise _NotReplaced(f"has an output of an unexpected dtype: {', '.join(given)}")
 
-    def _run(self, x: Tensor, weight: Tensor | None) -> Tensor:
+    def _run(self, x: Tensor, weight: Tensor | None, training: bool = False) -> Tensor:
         clone = object.__new__(type(self.module))
-        vars(clone).update(vars(self.module))
+        vars(clone).update(vars(self.module), training=training)
         if self.weight_name is not None:
             parameters = {**self.module._parameters, self.weight_name: weight}
             vars(clone)["_parameters"] = parameters
@@ -437,12 +438,14 @@ class _Probe:
         value = scale * (torch.randn(shape, generator=self.generator, device="cpu") + 0.5)
         return value.to(self.device, dtype)
 
-    def _case(self, x_dtype: torch.dtype, weight_dtype: torch.dtype, magnitude: float) -> _Case:
+    def _case(
+        self, x_dtype: torch.dtype, weight_dtype: torch.dtype, magnitude: float, training: bool
+    ) -> _Case:
         x = self._random(self.shape, x_dtype, magnitude).requires_grad_()
         weight = None
         if self.weight_shape is not None:
             weight = nn.Parameter(self._random(self.weight_shape, weight_dtype))
-        output = self._run(x, weight)
+        output = self._run(x, weight, training)
         grad_output = self._random(self.shape, output.dtype)
         leaves = [x] if weight is None else [x, weight]
         grads = torch.autograd.grad(output, leaves, grad_output)

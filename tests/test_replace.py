@@ -107,6 +107,11 @@ class Fails(Llama):
         raise OSError("no kernel for this machine\nand more")
 
 
+class DropsInTraining(Llama):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.1, self.training)
+
+
 class WithBuffer(Llama):
     def __init__(self) -> None:
         super().__init__()
@@ -133,6 +138,7 @@ NOT_NORMS = {
     "wrong gradient": (WrongGradient, "gradient of the input"),
     "partial": (Partial, "does not compute"),
     "fails": (Fails, "raised OSError in a trial: no kernel for this machine"),
+    "drops": (lambda: DropsInTraining().eval(), "does not compute"),
     "buffer": (WithBuffer, "has the buffers seen"),
     "own forward": (with_own_forward, "has a forward of its own"),
     "parametrized": (parametrized, "is parametrized; replace first"),
@@ -255,13 +261,13 @@ def test_dry_run_and_only():
     model = nn.ModuleDict({"norm": Llama(), "q_norm": Llama(), "out_norm": nn.LayerNorm(4)})
     report = replace_rms_norm(model, dry_run=True, only=lambda path, _: path != "q_norm")
     assert str(report) == (
-        "1 norms to replace, 1 left as they are\n"
+        "norms to replace: 1, left as they are: 1\n"
         "  Llama, weight (32,), eps 1e-06: norm\n"
         "  left: has the parameters weight, bias: out_norm"
     )
     assert type(model["norm"]) is Llama
     report = replace_rms_norm(model)
-    assert "2 norms replaced" in str(report)
+    assert "norms replaced: 2" in str(report)
     assert "norm and 1 more" in str(report)
 
 
@@ -273,6 +279,22 @@ def test_meta_device():
     nn.init.ones_(model[1].weight)
     x = torch.randn(3, DIM)
     torch.testing.assert_close(model[1](x), 2 * reference.rms_norm(x, torch.ones(DIM), 1e-6))
+
+
+def test_the_trials_leave_no_trace():
+    class Counts(Llama):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    norm = Counts()
+    before = norm.weight.clone()
+    assert replace_rms_norm(norm, dry_run=True).replaced
+    assert "calls" not in vars(norm)
+    assert torch.equal(norm.weight, before)
+    assert norm.weight.grad is None
 
 
 def test_copies_and_pickles():

@@ -30,7 +30,7 @@ def test_every_snippet(tmp_path, monkeypatch, capsys):
         line = text[: snippet.start()].count("\n") + 1
         code = "\n" * line + snippet[2]  # errors then have the page's line numbers
         exec(compile(code, str(PAGE), "exec"), namespace)
-    (shown,) = re.findall(r"^```\n(\d+ norms replaced.*?)^```", text, flags=re.M | re.S)
+    (shown,) = re.findall(r"^```\n(norms replaced: .*?)^```", text, flags=re.M | re.S)
     assert capsys.readouterr().out.startswith(shown)
 
 
@@ -42,7 +42,7 @@ def test_the_example(family, dtype):
     options = {**sizes, "device": "cpu", "family": family, "dtype": dtype}
     given = [text for name, value in options.items() for text in (f"--{name}", value)]
     printed = run(sys.executable, example, *given, env=dict(os.environ))
-    assert f"{5 if family == 'llama' else 13} norms replaced, 0 left" in printed
+    assert f"norms replaced: {5 if family == 'llama' else 13}, left as they are: 0" in printed
     first = re.findall(r"norms +[\d,]+ +([\d.]+) +[\d.]+$", printed, flags=re.M)
     assert len(first) == 2
     assert first[0] == first[1]
