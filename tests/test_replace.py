@@ -7,13 +7,16 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import names
 from replace_cases import DIM, T5, Gemma, HardCoded, L2Norm, Llama, Olmo, PerHead
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 import coreai_torch
 from coreai_torch import reference, replace_rms_norm, restore_rms_norm
@@ -370,23 +373,48 @@ def test_compiled_before_and_after():
     assert any("fused_rms_norm" in target for target in targets)
 
 
-def test_a_sharded_weight():
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+@pytest.fixture
+def one_process() -> Iterator[DeviceMesh]:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        norm = Llama()
-        mesh = init_device_mesh("cpu", (1,))
-        norm.weight = nn.Parameter(distribute_tensor(norm.weight.data, mesh, [Replicate()]))
-        report = replace_rms_norm(nn.ModuleDict({"norm": norm}))
-        assert "is a DTensor; replace before sharding" in report.skipped["norm"]
-        norm = Llama()
-        replace_rms_norm(norm)
-        norm.weight = nn.Parameter(distribute_tensor(norm.weight.data, mesh, [Replicate()]))
-        x = distribute_tensor(torch.randn(2, DIM), mesh, [Replicate()])
-        assert isinstance(norm(x), DTensor)
+        yield init_device_mesh("cpu", (1,))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_weight(one_process):
+    norm = Llama()
+    norm.weight = nn.Parameter(distribute_tensor(norm.weight.data, one_process, [Replicate()]))
+    report = replace_rms_norm(nn.ModuleDict({"norm": norm}))
+    assert "is a DTensor; replace before sharding" in report.skipped["norm"]
+    norm = Llama()
+    replace_rms_norm(norm)
+    norm.weight = nn.Parameter(distribute_tensor(norm.weight.data, one_process, [Replicate()]))
+    x = distribute_tensor(torch.randn(2, DIM), one_process, [Replicate()])
+    assert isinstance(norm(x), DTensor)
+
+
+def test_replaced_and_then_sharded(one_process):
+    """FSDP2 makes classes of its own, too."""
+    model = a_model().train()
+    plain = copy.deepcopy(model)
+    replace_rms_norm(model)
+    x = torch.randn(8, DIM)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for each in (model, plain):
+        fully_shard(each[1], mesh=one_process, mp_policy=policy)
+        fully_shard(each, mesh=one_process, mp_policy=policy)
+    y, expected = model(x), plain(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        if ours.requires_grad:
+            ours, theirs = ours.grad.full_tensor(), theirs.grad.full_tensor()
+            torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
+    with pytest.raises(RuntimeError, match="got FSDPGemma with another class"):
+        restore_rms_norm(model)
 
 
 def test_the_names_in_the_package():
