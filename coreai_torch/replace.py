@@ -116,6 +116,7 @@ def replace_rms_norm(
 
     Raises:
         TypeError: model is not a module.
+        NotImplementedError: it is on a CUDA device, in a build without CUDA kernels.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -463,7 +464,9 @@ class _Probe:
                 dims.append(last)
         for dim in (*dims, 64):
             try:
-                self._run(torch.ones(2, 3, dim), None)
+                self._run(torch.ones(2, 3, dim, device="cpu"), None)
+            except _NotReplaced as error:
+                reason = str(error)
             except Exception as error:
                 reason = _raised(error)
             else:
@@ -476,12 +479,12 @@ class _Probe:
         weight = None
         if self.weight_shape is not None:
             weight = nn.Parameter(self._random(self.weight_shape, dtype).abs() + 0.5)
-        signs = torch.where(torch.rand(self.shape, generator=self.generator) < 0.5, -1.0, 1.0)
-        signs = signs.to(self.device, dtype)
+        signs = torch.randint(2, self.shape, generator=self.generator, device="cpu")
+        signs = (2 * signs - 1).to(self.device, dtype)
         try:
-            one = self._run(signs, weight).detach().double()
+            one = _wide(self._run(signs, weight))
             measured = _measured_eps(
-                lambda m: (self._run(signs * m, weight).detach().double() / one).median().item()
+                lambda m: (_wide(self._run(signs * m, weight)) / one).median().item()
             )
         except _NotReplaced:
             raise
@@ -508,6 +511,11 @@ def _measured_eps(ratio: Callable[[float], float]) -> float:
     return m * m * (1 - r * r) / (r * r - m * m)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """In float64, which not every device has."""
+    return tensor.detach().cpu().double()
+
+
 def _weight_of(case: _Case) -> Tensor:
     assert case.weight is not None
     return case.weight
@@ -526,11 +534,11 @@ _GRADIENT_UNITS = 8
 
 def _ideal(norm: Norm, case: _Case) -> tuple[Tensor, Tensor, Tensor]:
     """1 / rms, the normalized input, and the magnitude of the scale, in float64."""
-    x = case.x.detach().double()
+    x = _wide(case.x)
     rstd = (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     scale = torch.ones_like(x)
     if case.weight is not None:
-        scale = scale * (case.weight.detach().double().abs() + norm.offset)
+        scale = scale * (_wide(case.weight).abs() + norm.offset)
     return rstd, x * rstd, scale
 
 
@@ -541,7 +549,7 @@ def _ours(norm: Norm, case: _Case) -> Tensor:
 def _error(ours: Tensor, theirs: Tensor, magnitude: Tensor, dtype: torch.dtype) -> float:
     """The largest difference, in units; infinite where one is finite and the other is not."""
     info = torch.finfo(dtype)
-    difference = (ours.detach().double() - theirs.double()).abs()
+    difference = (_wide(ours) - _wide(theirs)).abs()
     units = difference / (magnitude.clamp_min(info.tiny) * info.eps)
     return units.nan_to_num(nan=math.inf).max().item()
 
@@ -562,7 +570,7 @@ def _check_agreement(norm: Norm, case: _Case) -> None:
     )
     leaves = [case.x] if case.weight is None else [case.x, case.weight]
     grads = torch.autograd.grad(ours, leaves, case.grad_output)
-    grad = case.grad_output.double().abs()
+    grad = _wide(case.grad_output).abs()
     scaled, normalized = grad * scale, normalized.abs()
     magnitudes = [
         rstd * (scaled + normalized * (scaled * normalized).mean(-1, keepdim=True)),

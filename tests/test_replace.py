@@ -277,6 +277,7 @@ def test_dry_run_and_only():
 def test_meta_device():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(DIM, DIM), Gemma())
+        assert len(replace_rms_norm(nn.ModuleList([L2Norm(), Llama()]), dry_run=True).replaced) == 2
     assert list(replace_rms_norm(model).replaced) == ["1"]
     model.to_empty(device="cpu")
     nn.init.ones_(model[1].weight)
