@@ -3,6 +3,7 @@
     from coreai_torch.composite_ops import RMSNorm       # the module, used like torch.nn.RMSNorm
     from coreai_torch.ops import rms_norm                # the function
     from coreai_torch.reference import rms_norm          # the same in plain PyTorch operations
+    from coreai_torch import replace_rms_norm            # in models that exist
     from coreai_torch import ExternalizeSpec             # tells a converter what to externalize
     from coreai_torch.conversion import convert, load    # to Core AI and its runtime, with Apple's
 
@@ -25,6 +26,7 @@ _has_converter = _coexistence.run_apple_init(__name__)
 from . import _load as _load  # noqa: E402  registers the ops; explains itself where it cannot
 from . import backends, composite_ops, ops, reference  # noqa: E402
 from ._compile_mode import get_compile_mode, set_compile_mode  # noqa: E402
+from .replace import replace_rms_norm, restore_rms_norm  # noqa: E402
 
 if TYPE_CHECKING:  # for a type checker these are Apple's, or Any where Apple's are not installed
     from ._composite_declaration import generate_composite_decl as generate_composite_decl
@@ -41,5 +43,7 @@ __all__ += [
     "get_compile_mode",
     "ops",
     "reference",
+    "replace_rms_norm",
+    "restore_rms_norm",
     "set_compile_mode",
 ]

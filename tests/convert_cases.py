@@ -124,7 +124,9 @@ def composite_graphs(program: object) -> list[str]:
     return [graph for graph in graphs if "composite_decl" in graph]
 
 
-def calls(program: object) -> int:
-    """How often the program calls a composite op."""
-    names = re.findall(r"^  coreai\.graph private noinline @(\S+?)\(", str(program), flags=re.M)
+def calls(program: object, op: str = "") -> int:
+    """How often the program calls a composite op; the one of this name, if it is given."""
+    wanted = f'composite_declaration<"{op}"' if op else "composite_declaration"
+    graphs = [graph for graph in composite_graphs(program) if wanted in graph]
+    names = [re.search(r"noinline @(\S+?)\(", graph)[1] for graph in graphs]
     return sum(len(re.findall(rf"coreai\.invoke @{re.escape(n)}\(", str(program))) for n in names)
