@@ -84,7 +84,8 @@ def measure(
     with torch.no_grad():
         results = {mode: call(*inference) for mode, call in calls.items()}
     difference = deviation(results["kernel"], results["decompose"])
-    if not difference <= 4 * torch.finfo(input_dtype).eps:  # also for NaN
+    coarsest = max(torch.finfo(t.dtype).eps for t in (x, *results["kernel"]))
+    if not difference <= 4 * coarsest:  # also for NaN
         raise SystemExit(f"{pattern.__name__} {shape} {dtype}: the modes differ by {difference}")
 
     on_gpu = options.device == "cuda"
