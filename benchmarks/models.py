@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Size(NamedTuple):
     dim: int = 512
     heads: int = 8
-    layers: int = 4
+    layers: int = 2
     length: int = 256
     batch: int = 4
 

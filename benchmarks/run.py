@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker processes beside the timing
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler, which memory is measured with
 
 import torch
 

@@ -82,6 +82,7 @@ def verify(
 
     eager = results(reference(case, constant.scale), reference(case, inputs.scale))
     limits = errors_of(eager)
+    coarsest = max(torch.finfo(tensor.dtype).eps for tensor in (inputs.input, inputs.scale))
     found = Verification({"reference": limits}, {"reference": True}, {})
     for name, subject in training.items():
         if name == "reference":
@@ -101,8 +102,10 @@ def verify(
         found.same_bits[name] = all(torch.equal(got[key], eager[key]) for key in names[:outputs])
         problems = []
         for key, value in found.errors[name].items():
-            eps = torch.finfo(eager[key].dtype).eps
-            limit = (1 if name == "ours" else LENIENCY) * (2 * limits[key] + eps)
+            if name == "ours":
+                limit = 2 * limits[key] + torch.finfo(eager[key].dtype).eps
+            else:
+                limit = LENIENCY * (2 * limits[key] + coarsest)
             if not value <= limit:  # also for NaN
                 problems.append(f"{key} is off by {value:.2e}, more than {limit:.2e}")
         if problems:
