@@ -1,7 +1,7 @@
 """From the committed JSON to RESULTS.md, the plots and the README's table.
 
-    python -m benchmarks.report                                    # all of them, of results/cpu.json
-    python -m benchmarks.report results/cuda.json --output cuda.md  # another file's report alone
+python -m benchmarks.report                                    # all of them, of results/cpu.json
+python -m benchmarks.report results/cuda.json --output cuda.md  # another file's report alone
 """
 
 from __future__ import annotations

@@ -65,9 +65,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         try:
             found = [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected shapes such as 64x4096, got {text}") from None
+            raise argparse.ArgumentTypeError(
+                f"expected shapes such as 64x4096, got {text}"
+            ) from None
         if not {len(shape) for shape in found} <= {2, 4} or min(map(min, found)) < 1:
-            raise argparse.ArgumentTypeError(f"a shape has two or four positive numbers, got {text}")
+            raise argparse.ArgumentTypeError(
+                f"a shape has two or four positive numbers, got {text}"
+            )
         return found
 
     def counts(text: str) -> list[int]:
