@@ -89,7 +89,8 @@ void count_kernels(const Pair& pair, int64_t rows, int64_t dim) {
   backward.grad_input = grad_input.data();
   backward.grad_scale = grad_scale.data();
   backward.workspace = workspace.data();
-  backward.grad_output_strides[0] = backward.input_strides[0] = backward.grad_input_strides[0] = dim;
+  backward.grad_output_strides[0] = backward.input_strides[0] = backward.grad_input_strides[0] =
+      dim;
   count("backward", pair, dim, [&] { rms_norm_backward_cpu(backward, serial_for); });
 }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from .cases import DTYPES, ODD
-from .tables import Record, providers_of, time_of
+from .tables import TIMES, Record, providers_of, time_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,15 +40,17 @@ def series(run: Record, dtype: str) -> list[Record]:
     for case in run["cases"]:
         rows, dim = case["shape"][0], case["shape"][-1]
         plain = case["op"] == "rms_norm" and case["kind"] != "per-head transposed"
-        if plain and case["dtype"] == dtype and "times" in case and dim != ODD[1]:
-            if dim not in largest or rows > largest[dim]["shape"][0]:
-                largest[dim] = case
+        if not plain or case["dtype"] != dtype or "times" not in case or dim == ODD[1]:
+            continue
+        if dim not in largest or rows > largest[dim]["shape"][0]:
+            largest[dim] = case
     return [largest[dim] for dim in sorted(largest)]
 
 
 def write_bandwidth(run: Record, path: Path) -> None:
     """GB/s over dim, by direction and dtype; the grey area is what a copy reached beside it."""
-    dtypes = [dtype for dtype in DTYPES if series(run, dtype)]
+    dtypes = [dtype for dtype in DTYPES if len(series(run, dtype)) > 1]
+    dtypes = dtypes or [dtype for dtype in DTYPES if series(run, dtype)]
     directions = [d for d in DIRECTIONS if any(d in c.get("times", {}) for c in run["cases"])]
     if not dtypes or not directions:
         raise ValueError("there is nothing to plot: no plain case of rms_norm was timed")
@@ -60,7 +63,7 @@ def write_bandwidth(run: Record, path: Path) -> None:
     for ax in axes[:, 0]:
         ax.set_ylabel("GB/s")
     for ax in axes[-1]:
-        ax.set_xlabel("dim × rows")
+        ax.set_xlabel(f"dim {TIMES} rows")
     axes[0, 0].legend(fontsize=7)
     where = f"{run['mode']} mode, {run['threads']} threads"
     drawn.suptitle(f"Bytes that an ideal kernel moves, per second; {where}")
@@ -69,7 +72,7 @@ def write_bandwidth(run: Record, path: Path) -> None:
 
 def draw_bandwidth(ax: Any, cases: list[Record], direction: str, names: list[str]) -> None:
     places = range(len(cases))
-    labels = [f"{case['shape'][-1]}\n×{case['shape'][0]}" for case in cases]
+    labels = [f"{case['shape'][-1]}\n{TIMES}{case['shape'][0]}" for case in cases]
     roof = [case["times"]["forward"].get("copy_", {}).get("gb_per_s") for case in cases]
     if None not in roof:
         ax.fill_between(places, 0, roof, color="#e5e7eb", label="copy_")
@@ -93,7 +96,7 @@ def draw_bandwidth(ax: Any, cases: list[Record], direction: str, names: list[str
 
 def write_speedups(cases: list[tuple[str, Record]], names: list[str], path: Path) -> None:
     """Bars: how many times as long as ours the others take, forward and backward."""
-    drawn = figure(7.2, 0.9 + 0.5 * len(cases))
+    drawn = figure(7.6, 0.9 + 0.55 * len(cases))
     ax = drawn.subplots()
     height = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -107,9 +110,9 @@ def write_speedups(cases: list[tuple[str, Record]], names: list[str], path: Path
             ax.barh(y, other / ours, height * 0.9, color=COLORS.get(name), label=label)
             ax.text(other / ours, y, f" {other / ours:.1f}", va="center", fontsize=8)
     ax.axvline(1, color=COLORS["ours"], linewidth=2, label="ours")
-    ax.set_yticks(range(len(cases)), [label for label, _ in cases])
+    ax.set_yticks(range(len(cases)), [fill(label, 26) for label, _ in cases])
     ax.invert_yaxis()
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set_xlabel("time of forward and backward, as multiples of ours")
+    ax.set_xlabel("time of forward and backward; ours takes 1")
     ax.legend(loc="lower right", fontsize=8, frameon=False)
     save(drawn, path)

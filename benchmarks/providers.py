@@ -103,7 +103,7 @@ def compiled_torch(case: Case, scale: Tensor) -> Subject:
 
 
 def apple(case: Case, scale: Tensor) -> Subject:
-    """Apple's class under its own name; `composite_ops.RMSNorm` is ours where both are installed."""
+    """Apple's class, from the file it is in: `composite_ops.RMSNorm` is ours beside it."""
     theirs = importlib.import_module("coreai_torch.composite_ops._rms_norm")
     heads = case.shape[1] if scale.ndim > 1 else None
     module = theirs.RMSNorm(case.shape[-1], eps=EPS, n_heads=heads)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import plot, sections
 from .cases import PER_HEAD
-from .tables import Record, markdown, providers_of, ratio, time_of
+from .tables import TIMES, Record, markdown, providers_of, ratio, time_of
 from .targets import COLUMNS, Check, checks, slower, slower_elsewhere
 
 FOLDER = Path(__file__).parent
@@ -101,7 +101,7 @@ def label(case: Record) -> str:
         return f"one row of {shape[-1]}, {case['dtype']}, module"
     if case["kind"] == "per-head transposed":
         return f"{case['dtype']} with a weight per head, {tuple(shape)} transposed"
-    return f"{case['dtype']}, {' × '.join(map(str, shape))}"
+    return f"{case['dtype']}, {f' {TIMES} '.join(map(str, shape))}"
 
 
 def headline(result: Record) -> tuple[Record, list[tuple[str, Record]]]:
@@ -126,8 +126,8 @@ def readme_block(result: Record, picture: str | None) -> str:
     lines = [
         wrapped(
             "How many times as long the others take as ours, forward and backward, with "
-            f"{run['threads']} threads on {env['processor']} ({env['kernel_level']} kernels, PyTorch "
-            f"{env['torch']}, {env['date'][:10]}):"
+            f"{run['threads']} threads on {env['processor']} ({env['kernel_level']} kernels, "
+            f"PyTorch {env['torch']}, {env['date'][:10]}):"
         ),
         "",
         *markdown(("input", *HEADLINE_OTHERS.values()), rows, "lrr"),
@@ -150,9 +150,10 @@ def readme_block(result: Record, picture: str | None) -> str:
         ]
     lines += [
         wrapped(
-            f"`make bench` measures on yours. All shapes and directions, and the {len(losses(run))} "
-            f"of {sum('times' in case for case in run['cases'])} cases where ours is *not* the "
-            "fastest at everything, are in [the results](benchmarks/results/RESULTS.md)."
+            "`make bench` measures on yours. All shapes and directions, and the "
+            f"{len(losses(run))} of {sum('times' in case for case in run['cases'])} cases where "
+            "ours is *not* the fastest at everything, are in "
+            "[the results](benchmarks/results/RESULTS.md)."
         )
     ]
     return "\n".join(lines)

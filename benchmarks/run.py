@@ -47,7 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         allow_abbrev=False,
-        description="RMSNorm beside PyTorch's own, torch.compile, other libraries and plain copies.",
+        description="RMSNorm beside PyTorch's own, torch.compile, other libraries and copies.",
     )
 
     def names(known: Sequence[str]) -> Any:

@@ -15,6 +15,7 @@ from .measure import ROOFS
 SHOWN = ("torch", "compile", "apple", "liger", "quack", "apex", "te", "flashinfer")
 
 Record = dict[str, Any]
+TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def roof_of(mode: str) -> str:

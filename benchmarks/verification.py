@@ -11,8 +11,8 @@ from torch import Tensor
 from .cases import EPS, Case, Inputs
 from .providers import Subject, forward_backward, outputs_of, reference
 
-# Ours promises accuracy: at most twice the reference's largest error and one rounding. Of the others
-# it is only to be seen that they compute an RMSNorm: they may deviate by this many times as much.
+# Ours promises accuracy: at most twice the reference's largest error and one rounding. Of others it
+# is only to be seen that they compute an RMSNorm: they may deviate by this many times as much.
 LENIENCY = 8
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' harness: what is timed was verified, in quiet rounds, and nothing is typed by hand."""
+"""The benchmarks: what is timed was verified, in quiet rounds, and no figure is typed by hand."""
 
 from __future__ import annotations
 
