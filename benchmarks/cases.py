@@ -34,7 +34,7 @@ ADD_SHAPES = ((64, 4096), (2048, 1024), (4096, 4096))
 CUDA_DIMS = (64, 128, 512, 1024, 2048, 4096, 4095, 5120, 8192, 16384, 65536)
 CUDA_ROWS = (1, 64, 2048, 32768)
 CUDA_PER_HEAD = (4, 32, 2048, 128)
-CUDA_MOST_BYTES = 8 * 2**30  # of one tensor
+CUDA_MOST_BYTES = 2 * 2**30  # of one tensor
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from . import timing
 from .cases import Case, Inputs, make_inputs
 from .measure import Plan
 from .providers import Subject, forward_backward, make_subjects, outputs_of
+from .verification import verify
 
 HOST_SHAPES = ((1, 64), (1, 4096))
 HOST_DTYPES = ("float32", "bfloat16")
@@ -32,12 +33,21 @@ def callables(case: Case, inputs: Inputs, names: list[str]) -> dict[str, Subject
     """Functions and modules by what they are called in the report."""
     plain = make_subjects(case, inputs, names)
     modules = make_subjects(replace(case, kind="module"), inputs, [n for n in LABELS if n in names])
-    scale = inputs.scale
     return {
-        FLOOR: Subject(lambda x: x * scale, scale),
         **{FUNCTION_LABELS.get(name, name): subject for name, subject in plain.items()},
         **{LABELS[name]: subject for name, subject in modules.items()},
     }
+
+
+def product(inputs: Inputs) -> Subject:
+    return Subject(lambda x: x * inputs.scale, inputs.scale)
+
+
+def drop_wrong(
+    case: Case, inputs: Inputs, inference: dict[str, Subject], training: dict[str, Subject]
+) -> None:
+    for name in verify(case, inputs, inference, training).wrong:
+        del inference[name], training[name]
 
 
 def host_time(case: Case, plan: Plan) -> dict[str, Any]:
@@ -48,6 +58,9 @@ def host_time(case: Case, plan: Plan) -> dict[str, Any]:
     names = [n for n in plan.providers if n != "compile-torch"]
     inference = callables(case, constant, names)
     training = callables(case, inputs, names)
+    drop_wrong(case, inputs, inference, training)
+    inference = {FLOOR: product(constant)} | inference
+    training = {FLOOR: product(inputs)} | training
     timed: dict[tuple[str, str], Callable[[], object]] = {
         ("forward", label): functools.partial(subject.call, *constant.tensors)
         for label, subject in inference.items()
@@ -113,14 +126,13 @@ def memory(case: Case, plan: Plan) -> dict[str, Any]:
     constant = inputs.detached()
     inference = make_subjects(case, constant, plan.providers)
     training = make_subjects(case, inputs, plan.providers)
+    drop_wrong(case, inputs, inference, training)  # compiles and warms up as well
     result: dict[str, dict[str, int]] = {}
     for name, subject in training.items():
         infer = functools.partial(inference[name].call, *constant.tensors)
-        infer()  # compiles and warms up
         result[name] = {"forward": peak_bytes(infer, plan.device)}
         if subject.backward:
             train = functools.partial(forward_backward, subject, inputs)
-            train()
             result[name]["forward+backward"] = peak_bytes(train, plan.device)
             result[name]["saved"] = saved_bytes(subject, inputs)
     return {

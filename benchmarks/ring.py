@@ -6,10 +6,11 @@ program takes the host's clock, only to be tried out.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -22,6 +23,25 @@ from .providers import Subject, outputs_of
 RING_BYTES = {"cuda": 512 * 2**20, "cpu": 2**20}  # several times any card's L2 cache
 ROUNDS = 15
 Timer = Callable[[], float]
+
+
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """Backward runs on its forward's stream, so that all is run, and captured, on this one."""
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def aside(device: str) -> Iterator[None]:
+    """Work is put on the stream that graphs are captured on, after what was queued before."""
+    if device == "cpu":
+        yield
+        return
+    stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def ring_of(case: Case, device: str) -> list[Inputs]:
@@ -49,7 +69,8 @@ def runs(ring: list[Inputs], subject: Subject, direction: str) -> list[Callable[
 
     if direction == "forward+backward":
         return [functools.partial(backward, inputs) for inputs in ring]
-    return [functools.partial(backward, i, outputs_of(call(*i.tensors))) for i in ring]
+    with aside(scale.device.type):
+        return [functools.partial(backward, i, outputs_of(call(*i.tensors))) for i in ring]
 
 
 def copies(ring: list[Inputs], name: str) -> list[Callable[[], object]]:
@@ -71,15 +92,12 @@ def timer(calls: list[Callable[[], object]], device: str) -> Timer:
 
         return on_host
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with aside(device):
         for call in calls[:2]:
             call()
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     repeats = max(1, 32 // len(calls))
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=capture_stream()):
         for _ in range(repeats):
             for call in calls:
                 call()

@@ -115,6 +115,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     selected = options.shapes or options.dtypes or options.op
     default = "times" if selected else QUICK_MEASURES if options.quick else ",".join(MEASURES)
     options.measures = options.measures or default.split(",")
+    if "times" not in options.measures and (options.csv or options.plot):
+        parser.error("--csv and --plot are of the times, which --measures leaves out")
     options.cases = cases_of(options)
     options.directions = options.directions or list(DIRECTIONS)
     options.providers = options.providers or list(PROVIDERS)

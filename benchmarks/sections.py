@@ -39,23 +39,23 @@ def provenance(result: Record) -> list[str]:
 
 
 def notes(result: Record) -> list[str]:
-    """Whose output has the eager reference's bits, counted in the cases of all runs."""
+    """Who computes the same as eager, counted in the cases of all runs."""
     counts: dict[str, list[bool]] = {}
     for run in result["runs"]:
         for case in run["cases"]:
             for name, same in case.get("same_bits", {}).items():
                 counts.setdefault(name, []).append(same)
-    if not counts:
-        return []
-    cells = ", ".join(f"{name} {sum(s)} of {len(s)}" for name, s in counts.items())
-    return [
-        "The output equals the eager reference's bit for bit, in how many cases: " + cells + ".",
-        "",
-        "Where the compiler does not, it is because it computes less: it fuses the formula and "
-        "leaves out the rounding to 16 bits between normalization and scale, or sums in another "
-        "order. Ours does every rounding that eager does.",
+    lines = [
+        "Not all providers compute the same. Ours does every rounding that the eager reference "
+        "does, and sums in its order: the outputs are equal bit for bit. The compiler fuses the "
+        "formula, leaves out the rounding to 16 bits between normalization and scale, which is "
+        "less work, and sums in another order.",
         "",
     ]
+    if counts:
+        cells = ", ".join(f"{name} {sum(s)} of {len(s)}" for name, s in counts.items())
+        lines += [f"Cases whose output equals the eager reference's bit for bit: {cells}.", ""]
+    return lines
 
 
 def figures(run: Record) -> list[str]:

@@ -277,6 +277,15 @@ def test_other_measures():
         assert any(line.startswith("| ") for line in lines)
 
 
+def test_other_measures_drop_wrong_results(monkeypatch):
+    monkeypatch.setitem(providers.PROVIDERS, "torch", wrong("torch", lambda y: y * 1.01))
+    host = overheads.host_time(cases.Case((1, 64), "float32"), TRIAL)
+    assert "ours, function" in host["times"]["forward"]
+    assert not {"F.rms_norm", "nn.RMSNorm"} & host["times"]["forward"].keys()
+    memory = overheads.memory(cases.Case((16, 64), "float32"), TRIAL)
+    assert memory["bytes"].keys() == {"ours", "reference"}
+
+
 def test_models_that_differ_are_not_timed(monkeypatch):
     monkeypatch.setitem(models.NORMS, "torch", lambda *arguments: torch.nn.Identity())
     size = models.Size(dim=32, heads=2, layers=1, length=8, batch=2)
@@ -308,6 +317,7 @@ def test_the_harness_measures_the_modes_of_compile(tmp_path, monkeypatch, capsys
         (["--shapes", "4"], "two or four positive numbers"),
         (["--shapes", "axb"], "expected shapes such as 64x4096"),
         (["--providers", "ours,none"], "unknown: none"),
+        (["--measures", "host", "--csv", "host.csv"], "--measures leaves out"),
         (["--threads", "0"], "expected a positive number"),
         (["--device", "cuda", "--mode", "warm"], "cuda"),
     ],
