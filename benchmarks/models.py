@@ -94,7 +94,7 @@ def finished(run: Callable[[], Tensor]) -> Callable[[], None]:
 def measure(kind: str, dtype: str, plan: Plan, size: Size) -> dict[str, Any]:
     names = [name for name in NAMES if name in plan.providers]
     runs = {name: KINDS[kind](name, DTYPES[dtype], size, plan.device) for name in names}
-    results = {name: run().double() for name, run in runs.items()}
+    results = {name: run().double() for name, run in runs.items()}  # before any of them is timed
     record: dict[str, Any] = {"name": kind, "dtype": dtype, "size": str(size)}
     limit = 64 * torch.finfo(DTYPES[dtype]).eps
     for name, result in results.items():

@@ -61,10 +61,13 @@ def host_time(case: Case, plan: Plan) -> dict[str, Any]:
     drop_wrong(case, inputs, inference, training)
     inference = {FLOOR: product(constant)} | inference
     training = {FLOOR: product(inputs)} | training
+    x = constant.input
     timed: dict[tuple[str, str], Callable[[], object]] = {
-        ("forward", label): functools.partial(subject.call, *constant.tensors)
-        for label, subject in inference.items()
+        ("forward", "copy_"): functools.partial(torch.empty_like(x).copy_, x),
+        ("forward", "clone"): x.clone,
     }
+    for label, subject in inference.items():
+        timed["forward", label] = functools.partial(subject.call, x)
     for label, subject in training.items():
         if subject.backward:
             run = functools.partial(forward_backward, subject, inputs)

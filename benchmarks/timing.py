@@ -27,7 +27,7 @@ class Effort(NamedTuple):
     """How long to measure: rounds of a case, fewer where `budget` seconds are spent before."""
 
     rounds: int = 9
-    budget: float = 1.5
+    budget: float = 1.2
     round_s: float = MIN_ROUND_S
 
 
