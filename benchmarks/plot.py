@@ -66,7 +66,7 @@ def write_bandwidth(run: Record, path: Path) -> None:
         ax.set_xlabel(f"dim {TIMES} rows")
     axes[0, 0].legend(fontsize=7)
     where = f"{run['mode']} mode, {run['threads']} threads"
-    drawn.suptitle(f"Bytes that an ideal kernel moves, per second; {where}")
+    drawn.suptitle(f"An ideal kernel's bytes per second\n{where}")
     save(drawn, path)
 
 

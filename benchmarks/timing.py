@@ -15,6 +15,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 MIN_TIMING_S = 0.003  # a timing lasts at least this,
 MIN_ROUND_S = 0.2  # and a round this, or clock ticks of 10 ms could not show 5 % of the machine
+LONG = 10  # times a timing's target: of such a call one is enough to warm up
 CONTENDED = 0.05  # share of the machine that others may use during a round
 MIN_ROUNDS = 3  # also where the time budget of a case is spent
 REPEATS = 2  # repeats of contended rounds, per round asked for
@@ -79,7 +80,9 @@ def seconds(run: Run, times: int) -> float:
 
 def iterations(run: Run, target: float) -> int:
     """How often to run for a timing of `target` seconds; warms up on the way."""
-    seconds(run, 2)
+    if seconds(run, 1) > LONG * target:
+        return 1
+    seconds(run, 1)
     times = 1
     while (taken := seconds(run, times)) < target / 4:
         times *= 2
