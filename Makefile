@@ -12,9 +12,10 @@ TORCH ?= torch==2.13.0
 NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt setup.py \
   pyproject.toml
 
-CPP_FILES = $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $$(find csrc benchmarks tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo converter test test-slow test-cpp test-cuda test-aarch64 bench bench-cuda lint format clean
+.PHONY: help demo converter test test-slow test-cpp test-cuda test-aarch64 bench bench-quick bench-compile \
+  bench-cuda lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -56,12 +57,20 @@ test-aarch64:  ## the C++ tests on aarch64, cross-compiled and emulated
 	cmake --build build/aarch64
 	ctest --test-dir build/aarch64 --output-on-failure
 
-bench: $(INSTALLED)  ## measure against PyTorch and write benchmarks/results/
-	$(BIN)/python benchmarks/bench_rms_norm.py --json benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/report.py benchmarks/results/cpu.json
+bench: $(INSTALLED)  ## measure against PyTorch; write benchmarks/results/ and README's table (15 min)
+	$(BIN)/python -m benchmarks --json benchmarks/results/cpu.json
+	$(BIN)/python -m benchmarks.instructions --json benchmarks/results/instructions.json
+	$(BIN)/python -m benchmarks.report
+
+bench-quick: $(INSTALLED)  ## a few cases, printed only
+	$(BIN)/python -m benchmarks --quick
+
+bench-compile: $(INSTALLED)  ## the kernels under torch.compile, and the compiler's own code instead
+	$(BIN)/python -m benchmarks.compile_modes
 
 bench-cuda: $(INSTALLED)  ## measure on a CUDA card and write benchmarks/results/cuda.{json,md}
-	$(BIN)/python benchmarks/bench_rms_norm_cuda.py --json benchmarks/results/cuda.json
+	$(BIN)/python -m benchmarks --device cuda --json benchmarks/results/cuda.json
+	$(BIN)/python -m benchmarks.report benchmarks/results/cuda.json --output benchmarks/results/cuda.md
 
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

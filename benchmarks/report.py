@@ -1,215 +1,219 @@
-"""Turn the JSON of bench_rms_norm.py into results/RESULTS.md: misses first, then all figures."""
+"""From the committed JSON to RESULTS.md, the plots and the README's table.
+
+python -m benchmarks.report                                    # all of them, of results/cpu.json
+python -m benchmarks.report results/cuda.json --output cuda.md  # another file's report alone
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-from collections.abc import Iterator
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from bench_rms_norm import DIRECTIONS, HEADER, PER_HEAD, roof_of, table_row
+from . import plot, sections
+from .cases import PER_HEAD
+from .tables import TIMES, Record, markdown, providers_of, ratio, time_of
+from .targets import COLUMNS, Check, checks, slower, slower_elsewhere
 
-MIB = 2**20
-LARGE = 4096 * 4096  # elements
-SHORT = {"forward": "fwd", "forward+backward": "F+B"}
-COLUMNS = ("mode", "case", "direction", "target", "measured", "µs, ours and the other", "")
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+README = FOLDER.parent / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+BOTH = "forward+backward"
 
-
-class Target(NamedTuple):
-    """A bound on ours / other: either a multiple of a roof, or (`faster`) a speed-up over it."""
-
-    direction: str
-    other: str
-    bound: float
-    faster: bool = False
-
-
-class Check(NamedTuple):
-    """A target applied to a case of a run."""
-
-    mode: str
-    case: str
-    target: Target
-    ours_us: float
-    other_us: float
-
-    @property
-    def measured(self) -> float:
-        ratio = self.ours_us / self.other_us
-        return 1 / ratio if self.target.faster else ratio
-
-    @property
-    def met(self) -> bool:
-        bound = self.target.bound
-        return self.measured >= bound if self.target.faster else self.measured <= bound
-
-    def cells(self) -> list[str]:
-        sign, unit = ("≥", "faster than") if self.target.faster else ("≤", "times")
-        return [
-            self.mode,
-            self.case,
-            SHORT[self.target.direction],
-            f"{sign} {self.target.bound:g} {unit} {self.target.other}",
-            f"{self.measured:.2f}",
-            f"{self.ours_us:.1f}, {self.other_us:.1f}",
-            "met" if self.met else "**missed**",
-        ]
+# The README's cases: small, large and per head, in the mode that users have.
+HEADLINE = (
+    ("float32", (2048, 1024), "plain"),
+    ("float32", (8192, 4096), "plain"),
+    ("bfloat16", (2048, 1024), "plain"),
+    ("bfloat16", (8192, 4096), "plain"),
+    ("bfloat16", PER_HEAD, "per-head transposed"),
+    ("float32", (1, 4096), "module"),
+)
+HEADLINE_OTHERS = {"torch": "`torch.nn.RMSNorm`", "compile": "`torch.compile` of the formula"}
 
 
-def targets(mode: str, case: dict[str, Any]) -> Iterator[Target]:
-    """The targets that apply to a case; the pairs of bounds are (float32, 16-bit)."""
-    forward, both = DIRECTIONS
-    wide = int(case["dtype"] != "float32")
-    shape = tuple(case["shape"])
-    if case["kind"] == "module":
-        for direction in DIRECTIONS:
-            yield Target(direction, "torch", 0.45)
-    if mode == "default" and case["output_bytes"] >= 32 * MIB:
-        yield Target(forward, "clone", (1.10, 1.15)[wide])
-        yield Target(both, "clone", (2.3, 2.6)[wide])
-    if mode == "warm" and case["output_bytes"] >= 64 * MIB:
-        yield Target(forward, "copy_", (0.75, 1.0)[wide])
-        yield Target(both, "copy_", (2.2, 2.7)[wide])
-    if mode == "warm" and shape == (2048, 1024):
-        yield Target(forward, "copy_", (1.0, 1.5)[wide])
-        yield Target(both, "copy_", (4.0, 5.0)[wide])
-    if shape == PER_HEAD:
-        yield Target(forward, "compile", (2.0, 1.3)[wide], faster=True)
-        yield Target(both, "compile", 2.0, faster=True)
-    else:
-        yield Target(forward, "compile", 1.0, faster=True)
-        if mode == "warm":
-            yield Target(both, "compile", 1.9, faster=True)
-    if math.prod(shape) >= LARGE:
-        yield Target(forward, "torch", (3.0, 8.0)[wide], faster=True)
-        yield Target(both, "torch", (5.0, 12.0)[wide], faster=True)
+def load(path: Path) -> Record:
+    """A result, with the instruction counts of the file beside it where there is one."""
+    result: Record = json.loads(path.read_text())
+    counts = path.with_name("instructions.json")
+    if counts.exists() and result["runs"] and result["runs"][0]["device"] == "cpu":
+        result["instructions"] = json.loads(counts.read_text())
+    return result
 
 
-def time_of(case: dict[str, Any], direction: str, name: str) -> float | None:
-    """The median in µs; copies have no backward and count by their forward."""
-    times = case["times"]
-    value = times[direction].get(name) or (
-        times["forward"].get(name) if name in ("copy_", "clone") else None
-    )
-    return None if value is None else value["median_us"]
-
-
-def checks(run: dict[str, Any]) -> Iterator[Check]:
-    """All targets for which the run has both times."""
-    for case in run["cases"]:
-        if "failed" in case:
-            continue
-        for target in targets(run["mode"], case):
-            ours = time_of(case, target.direction, "ours")
-            other = time_of(case, target.direction, target.other)
-            if ours is not None and other is not None:
-                yield Check(run["mode"], case["name"], target, ours, other)
-
-
-def slower(run: dict[str, Any]) -> Iterator[str]:
-    """Where ours loses to another implementation, whether or not a target speaks of it."""
-    for case in run["cases"]:
-        if "failed" in case:
-            yield f"{run['mode']}, {case['name']}: **wrong result**, not timed ({case['failed']})"
-            continue
-        for direction in DIRECTIONS:
-            ours = time_of(case, direction, "ours")
-            for name in ("torch", "compile", "reference"):
-                other = time_of(case, direction, name)
-                if ours is not None and other is not None and ours > other:
-                    yield (
-                        f"{run['mode']}, {case['name']}, {SHORT[direction]}: "
-                        f"{ours / other:.2f} times {name} ({ours:.1f} against {other:.1f} µs)"
-                    )
-
-
-def table(header: tuple[str, ...], rows: list[list[str]], aligned: str) -> list[str]:
-    """A Markdown table; `aligned` has l or r for each column."""
-    rule = ["---:" if side == "r" else "---" for side in aligned]
-    return [f"| {' | '.join(row)} |" for row in (list(header), rule, *rows)]
-
-
-def misses(result: dict[str, Any], all_checks: list[Check]) -> list[str]:
+def misses(result: Record, all_checks: list[Check]) -> list[str]:
     missed = [check for check in all_checks if not check.met]
     losing = [line for run in result["runs"] for line in slower(run)]
-    lines = ["## Where ours is slower or misses its target", ""]
-    if not missed and not losing:
-        lines += [f"Nowhere, in {len(all_checks)} targets that apply to these figures.", ""]
-    if losing:
-        lines += ["Slower than another implementation:", "", *(f"- {line}" for line in losing), ""]
+    losing += slower_elsewhere(result)
+    lines = ["## Where ours is slower, or takes more, than another", ""]
+    lines += [*(f"- {line}" for line in losing or ["nowhere"]), ""]
+    lines += ["## Targets missed", ""]
     if missed:
-        lines += [f"Targets missed, {len(missed)} of {len(all_checks)}:", ""]
-        lines += [*table(COLUMNS, [check.cells() for check in missed], "lllrrrl"), ""]
+        lines += [f"{len(missed)} of {len(all_checks)}:", ""]
+        lines += [*markdown(COLUMNS, [check.cells() for check in missed], "lllrrrl"), ""]
+    else:
+        lines += [f"None, of {len(all_checks)} that apply to these figures.", ""]
     return lines
 
 
-def provenance(result: dict[str, Any]) -> list[str]:
-    env = result["environment"]
-    changed = ", with uncommitted changes" if env["dirty"] else ""
-    return [
-        f"- {env['processor']}, {env['cores']} cores; {', '.join(env['caches'])}",
-        f"- {env['kernel_level']} kernels, PyTorch {env['torch']}, Python {env['python']}, "
-        f"{env['system']}",
-        f"- {env['date']}, commit {env['commit'] or 'unknown'}{changed}",
-        "",
-    ]
+def geometric_means(run: Record) -> list[str]:
+    """Of the speed-ups over each provider, forward and backward, over all cases."""
+    cells = []
+    for name in providers_of(run):
+        found = [r for case in run["cases"] if (r := ratio(case, BOTH, name, "ours"))]
+        if name != "ours" and found:
+            mean = math.exp(sum(map(math.log, found)) / len(found))
+            cells.append(f"{mean:.2f} over {name}")
+    if not cells:
+        return []
+    listed = ", ".join(cells)
+    return [f"Geometric mean of the speed-ups in forward and backward: {listed}.", ""]
 
 
-def figures(run: dict[str, Any]) -> list[str]:
-    """The run's table, and how much of it was measured beside a busy neighbour."""
-    roof = roof_of(run["mode"])
-    cases = [case for case in run["cases"] if "failed" not in case]
-    dropped, kept = (sum(case[key] for case in cases) for key in ("dropped", "rounds"))
-    noisy = [case["name"] for case in cases if case["contended"]]
-    lines = [
-        f"## {run['mode'].capitalize()} mode, {run['threads']} threads",
-        "",
-        f"Allocator: {run['allocator']}. fwd and F+B (forward and backward) are times those of "
-        f"`{roof}`; lower is faster. {kept} rounds kept, {dropped} contended ones dropped.",
-        "",
-    ]
-    if noisy:
-        lines += [f"**Not trustworthy**, no quiet rounds to be had: {', '.join(noisy)}.", ""]
-    rows = [table_row(case, roof) for case in run["cases"]]
-    lines += [*table(HEADER, rows, "l" + "r" * (len(HEADER) - 1)), ""]
-    header = ("case", "", "provider", "median µs", "quartiles µs", "GB/s")
-    details = [
-        [
-            *(case["name"], SHORT[direction], name, f"{value['median_us']:.1f}"),
-            f"{value['q1_us']:.1f} … {value['q3_us']:.1f}",
-            f"{value['gb_per_s']:.1f}",
-        ]
-        for case in cases
-        for direction in DIRECTIONS
-        for name, value in case["times"][direction].items()
-    ]
-    lines += ["<details><summary>Times, quartiles and bandwidth</summary>", ""]
-    return [*lines, *table(header, details, "lllrrr"), "", "</details>", ""]
-
-
-def report(result: dict[str, Any]) -> str:
+def report(result: Record, picture: str | None = None) -> str:
     all_checks = [check for run in result["runs"] for check in checks(run)]
-    lines = ["# RMSNorm on the CPU: results", "", *misses(result, all_checks), *provenance(result)]
+    env = result["environment"]
+    lines = [f"# RMSNorm on {env.get('card', 'the CPU')}: results", ""]
+    lines += ["Generated by `python -m benchmarks.report`; do not edit.", ""]
+    lines += [*misses(result, all_checks), *sections.provenance(result), *sections.notes(result)]
+    if picture is not None:
+        lines += [f"![GB/s over dim, beside a copy]({picture})", ""]
     for run in result["runs"]:
-        lines += figures(run)
+        table = sections.figures(run)
+        lines += [*table[:2], *geometric_means(run), *table[2:]]
+    for name, section in sections.EXTRA.items():
+        if name in result:
+            lines += section(result[name])
     lines += ["## All targets", ""]
-    lines += table(COLUMNS, [check.cells() for check in all_checks], "lllrrrl")
+    lines += markdown(COLUMNS, [check.cells() for check in all_checks], "lllrrrl")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=Path, nargs="?", default=here / "results" / "cpu.json")
-    parser.add_argument("--output", type=Path, default=here / "results" / "RESULTS.md")
-    options = parser.parse_args()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    text = report(json.loads(options.json.read_text()))
-    options.output.write_text(text, encoding="utf-8")
-    print(f"wrote {options.output}")
+def label(case: Record) -> str:
+    shape = case["shape"]
+    if case["kind"] == "module":
+        return f"one row of {shape[-1]}, {case['dtype']}, module"
+    if case["kind"] == "per-head transposed":
+        return f"{case['dtype']} with a weight per head, {tuple(shape)} transposed"
+    return f"{case['dtype']}, {f' {TIMES} '.join(map(str, shape))}"
+
+
+def headline(result: Record) -> tuple[Record, list[tuple[str, Record]]]:
+    """The run that the README shows, and its cases with their labels."""
+    run = next((run for run in result["runs"] if run["mode"] == "default"), result["runs"][0])
+    cases = {
+        (case["dtype"], tuple(case["shape"]), case["kind"]): case
+        for case in run["cases"]
+        if case["op"] == "rms_norm" and "times" in case
+    }
+    return run, [(label(cases[key]), cases[key]) for key in HEADLINE if key in cases]
+
+
+def readme_block(result: Record, picture: str | None) -> str:
+    """What stands between the README's markers: where, the table, the limit of the memory."""
+    run, cases = headline(result)
+    env = result["environment"]
+    rows = []
+    for name, case in cases:
+        speed_ups = (ratio(case, BOTH, other, "ours") for other in HEADLINE_OTHERS)
+        rows.append([name, *(f"{s:.1f}" if s is not None else "" for s in speed_ups)])
+    lines = [
+        wrapped(
+            "How many times as long the others take as ours, forward and backward, with "
+            f"{run['threads']} threads on {env['processor']} ({env['kernel_level']} kernels, "
+            f"PyTorch {env['torch']}, {env['date'][:10]}):"
+        ),
+        "",
+        *markdown(("input", *HEADLINE_OTHERS.values()), rows, "lrr"),
+        "",
+    ]
+    if picture is not None:
+        lines += [f"![Speed-ups, forward and backward]({picture})", ""]
+    large = [(n, c) for n, c in cases if c["output_bytes"] >= 32 * 2**20]
+    limits = [
+        f"{r:.1f} ({name})" for name, case in large if (r := ratio(case, BOTH, "ours", "clone"))
+    ]
+    if limits:
+        lines += [
+            wrapped(
+                "Large tensors are at the limit of the memory: with PyTorch's default allocation, "
+                "forward and backward take, as multiples of `clone()` alone, "
+                f"{' and '.join(limits)}."
+            ),
+            "",
+        ]
+    lines += [
+        wrapped(
+            "`make bench` measures on yours. All shapes and directions, and the "
+            f"{len(losses(run))} of {sum('times' in case for case in run['cases'])} cases where "
+            "ours is *not* the fastest at everything, are in "
+            "[the results](benchmarks/results/RESULTS.md)."
+        )
+    ]
+    return "\n".join(lines)
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 104, break_long_words=False, break_on_hyphens=False)
+
+
+def losses(run: Record) -> list[str]:
+    """The cases in which another provider is faster in some direction."""
+    return [
+        case["name"]
+        for case in run["cases"]
+        if any(
+            (ours := time_of(case, direction, "ours")) is not None
+            and (other := time_of(case, direction, name)) is not None
+            and other < ours
+            for direction in case.get("times", {})
+            for name in providers_of(run)
+        )
+    ]
+
+
+def with_block(text: str, block: str) -> str:
+    """The README with another block between its markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md: expected one {BEGIN} and one {END}")
+    pattern = f"{re.escape(BEGIN)}.*{re.escape(END)}"
+    replacement = f"{BEGIN}\n{block}\n{END}"
+    return re.sub(pattern, lambda _: replacement, text, flags=re.DOTALL)
+
+
+def draw(result: Record, folder: Path) -> None:
+    """The pictures of the last run (the warm one, which shows the kernels) and of the README."""
+    plot.write_bandwidth(result["runs"][-1], folder / "bandwidth.svg")
+    _, cases = headline(result)
+    plot.write_speedups(cases, list(HEADLINE_OTHERS), folder / "speedup.svg")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "cpu.json")
+    parser.add_argument("--output", type=Path, help="only the report, into this file")
+    options = parser.parse_args(arguments)
+    result = load(options.json)
+    if options.output is not None:
+        options.output.write_text(report(result), encoding="utf-8")
+        print(f"wrote {options.output}")
+        return 0
+    try:
+        draw(result, RESULTS)
+    except ImportError as problem:
+        print(f"the pictures stay as they are: {problem}")
+    (RESULTS / "RESULTS.md").write_text(report(result, "bandwidth.svg"), encoding="utf-8")
+    block = readme_block(result, "benchmarks/results/speedup.svg")
+    README.write_text(with_block(README.read_text("utf-8"), block), encoding="utf-8")
+    print(f"wrote {RESULTS}/RESULTS.md, the pictures and the block in {README.name}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

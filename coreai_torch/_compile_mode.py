@@ -49,7 +49,7 @@ def decomposes(input: Tensor) -> bool:
 
 
 def _decomposes_by_measurement(input: Tensor) -> bool:
-    """Where the compiler's code is faster than the kernels; benchmarks/bench_compile.py measures.
+    """Where the compiler's code is faster than the kernels; benchmarks/compile_modes.py measures.
 
     Nowhere as yet. On a CPU (benchmarks/results/compile.txt) the kernels take 0.90 to 1.00 times as
     long in forward and backward, by geometric mean over the shapes, for each dtype and alone, after

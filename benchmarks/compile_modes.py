@@ -13,19 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no worker processes beside the timing
+
 import torch
 import torch.nn.functional as F
-from bench_rms_norm import DIRECTIONS, DTYPES, EPS, environment, time_case
 from torch import Tensor
 
 import coreai_torch
 
+from .cases import DTYPES, EPS
+from .environment import environment
+from .timing import Effort, take_turns
+
+DIRECTIONS = ("forward", "forward+backward")
 SHAPES = ((1, 4096), (64, 4096), (2048, 1024), (4096, 4096), (32768, 128), (2048, 16384))
 CALLS_PER_SYNC = 20  # on a GPU, where calls are put into a queue
 MODES = {"kernel": coreai_torch.ops.rms_norm, "decompose": coreai_torch.reference.rms_norm}
@@ -105,7 +112,7 @@ def measure(
         timed["forward+backward", mode] = repeated(
             lambda call=call: forward_backward(call, *training)
         )
-    timings = time_case(timed, options.rounds, options.budget)
+    timings = take_turns(timed, options.effort)
     return {
         "pattern": pattern.__name__,
         "shape": list(shape),
@@ -151,15 +158,20 @@ def print_summary(records: list[dict[str, Any]]) -> None:
             print(f"{pattern.__name__:12}{dtype:10}" + "".join(f"{mean:7.2f}" for mean in means))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compile_modes", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", help="such as 64x4096,2048x1024; default: a selection")
     parser.add_argument("--dtypes", default="float32,bfloat16,mixed", help=f"of {','.join(DTYPES)}")
-    parser.add_argument("--rounds", type=int, default=9, help="per case; fewer where it is large")
-    parser.add_argument("--budget", type=float, default=2.5, help="seconds of timing per case")
+    default = Effort()
+    parser.add_argument("--rounds", type=int, default=default.rounds, help="per case, at most")
+    parser.add_argument("--budget", type=float, default=default.budget, help="seconds per case")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    round_s = default.round_s if options.budget > 0 else 0.0  # without a budget: only a trial
+    options.effort = Effort(options.rounds, options.budget, round_s)
     shapes = SHAPES
     if options.shapes:
         shapes = tuple(tuple(map(int, shape.split("x"))) for shape in options.shapes.split(","))

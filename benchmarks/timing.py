@@ -1,0 +1,140 @@
+"""Timing in turns, with rounds repeated that others disturbed.
+
+Only figures that were taken side by side compare: a round runs everything once, in one process, and
+each round starts one place later than the one before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Hashable, Mapping
+from statistics import median, quantiles
+from typing import Generic, NamedTuple, TypeVar
+
+MIN_TIMING_S = 0.003  # a timing lasts at least this,
+MIN_ROUND_S = 0.2  # and a round this, or clock ticks of 10 ms could not show 5 % of the machine
+LONG = 10  # times a timing's target: of such a call one is enough to warm up
+CONTENDED = 0.05  # share of the machine that others may use during a round
+MIN_ROUNDS = 3  # also where the time budget of a case is spent
+REPEATS = 2  # repeats of contended rounds, per round asked for
+
+Key = TypeVar("Key", bound=Hashable)
+Run = Callable[[], object]
+
+
+class Effort(NamedTuple):
+    """How long to measure: rounds of a case, fewer where `budget` seconds are spent before."""
+
+    rounds: int = 9
+    budget: float = 1.2
+    round_s: float = MIN_ROUND_S
+
+
+TRIAL = Effort(rounds=1, budget=0.0, round_s=0.0)  # every call once, to try the programs out
+
+
+class Timings(NamedTuple, Generic[Key]):
+    seconds: dict[Key, list[float]]  # per call, one for each round
+    rounds: int
+    dropped: int  # contended rounds that were repeated
+    contended: int  # contended rounds among those kept, when the repeats had run out
+
+    def counts(self) -> dict[str, int]:
+        return {"rounds": self.rounds, "dropped": self.dropped, "contended": self.contended}
+
+
+def busy_seconds() -> float | None:
+    """Processor time used on the whole machine since it started; None where the OS has no such."""
+    try:
+        with open("/proc/stat") as stat:
+            user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+class Contention:
+    """Measures the share of the machine that other processes use inside a ``with`` block."""
+
+    share = 0.0
+
+    def __enter__(self) -> Contention:
+        self.busy, self.own, self.wall = busy_seconds(), time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        own, wall = time.process_time() - self.own, time.perf_counter() - self.wall
+        busy = busy_seconds()
+        if busy is not None and self.busy is not None:
+            self.share = max(0.0, (busy - self.busy - own) / (wall * (os.cpu_count() or 1)))
+
+
+def seconds(run: Run, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    return time.perf_counter() - start
+
+
+def iterations(run: Run, target: float) -> int:
+    """How often to run for a timing of `target` seconds; warms up on the way."""
+    if seconds(run, 1) > LONG * target:
+        return 1
+    seconds(run, 1)
+    times = 1
+    while (taken := seconds(run, times)) < target / 4:
+        times *= 2
+    return max(1, math.ceil(target / taken * times))
+
+
+def take_turns(
+    timed: Mapping[Key, Run], effort: Effort, settle: Run = lambda: None
+) -> Timings[Key]:
+    """Rounds that run everything in turn; `settle` is called before each timing.
+
+    After the repeats are used up, the least contended rounds are taken.
+    """
+    keys = list(timed)
+    target = max(MIN_TIMING_S, effort.round_s / len(keys)) if effort.round_s else 0.0
+    times = {key: iterations(timed[key], target) for key in keys}
+    needed = min(effort.rounds, MIN_ROUNDS)
+    taken: list[tuple[float, dict[Key, float]]] = []
+    clean = 0
+    start = time.perf_counter()
+    for index in range(effort.rounds * (1 + REPEATS)):
+        shift = index % len(keys)
+        result = {}
+        with Contention() as contention:
+            for key in keys[shift:] + keys[:shift]:
+                if times[key] > 2:
+                    timed[key]()  # bring in the data that the one before has displaced
+                settle()
+                result[key] = seconds(timed[key], times[key]) / times[key]
+        taken.append((contention.share, result))
+        clean += contention.share <= CONTENDED
+        spent = time.perf_counter() - start
+        if clean >= effort.rounds or (clean >= needed and spent > effort.budget):
+            break
+        if spent > effort.budget * REPEATS and index + 1 >= needed:
+            break
+    if clean >= needed:
+        kept = [each for each in taken if each[0] <= CONTENDED]
+    else:
+        kept = sorted(taken, key=lambda each: each[0])[:needed]
+    per_key = {key: [result[key] for _, result in kept] for key in keys}
+    contended = sum(share > CONTENDED for share, _ in kept)
+    return Timings(per_key, len(kept), len(taken) - len(kept), contended)
+
+
+def summary(samples: list[float], moved: int | None = None) -> dict[str, float]:
+    """Median and quartiles of seconds in µs; GB/s where the bytes moved in a call are given."""
+    middle = median(samples)
+    low, _, high = quantiles(samples, method="inclusive") if len(samples) > 1 else samples * 3
+    result = {
+        "median_us": round(middle * 1e6, 3),
+        "q1_us": round(low * 1e6, 3),
+        "q3_us": round(high * 1e6, 3),
+    }
+    return result if moved is None else result | {"gb_per_s": round(moved / middle / 1e9, 3)}
