@@ -1,6 +1,6 @@
 // Tests of the residual add and RMSNorm in one call: at every SIMD level and in any division of the
-// rows, the sum has the bits of an addition and the rest those of RMSNorm of that sum. Backward adds
-// one gradient more, and is held against double precision.
+// rows, the sum has the bits of an addition and the rest those of RMSNorm of that sum. Backward
+// adds one gradient more, and is held against double precision.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -62,7 +62,8 @@ bool same_bits(const Vector& a, const Vector& b) {
 struct Data {
   Matrix input, residual, grad_output, grad_new_residual;  // all of different strides
   Vector scale;
-  explicit Data(const Problem& p) : input(p, 0), residual(p, 3), grad_output(p, 1), grad_new_residual(p, 5) {
+  explicit Data(const Problem& p)
+      : input(p, 0), residual(p, 3), grad_output(p, 1), grad_new_residual(p, 5) {
     std::mt19937 engine(7);
     for (Matrix* m : {&input, &residual, &grad_output, &grad_new_residual}) m->fill(p, engine);
     std::normal_distribution<float> normal;
@@ -96,7 +97,9 @@ RmsNormShape shape_of(const Problem& p) {
   return shape;
 }
 
-void describe(RmsNormForward& forward, const Problem& p, const Matrix& input, const Data& data, Matrix& output) {
+void describe(
+    RmsNormForward& forward, const Problem& p, const Matrix& input, const Data& data,
+    Matrix& output) {
   forward.shape = shape_of(p);
   forward.input = input.elements.data();
   forward.scale = data.scale.data();
@@ -105,7 +108,9 @@ void describe(RmsNormForward& forward, const Problem& p, const Matrix& input, co
   forward.output_strides[0] = output.stride;
 }
 
-void describe(RmsNormBackward& backward, const Problem& p, const Data& data, std::vector<char>& workspace, Result& result) {
+void describe(
+    RmsNormBackward& backward, const Problem& p, const Data& data, std::vector<char>& workspace,
+    Result& result) {
   backward.shape = shape_of(p);
   workspace.assign(size_t(rms_norm_backward_workspace_cpu(backward.shape)), char(0xff));
   backward.grad_output = data.grad_output.elements.data();
@@ -172,7 +177,8 @@ void check_grad_input(const Problem& p, const Data& data, const Result& result) 
       const double expected = of_norm + data.grad_new_residual.at(row)[i];
       const double given = result.grad_input.at(row)[i];
       CHECK(
-          std::abs(given - expected) <= 4e-6 * rstd * (1 + std::abs(dot)) + 1e-6 * std::abs(expected),
+          std::abs(given - expected) <=
+              4e-6 * rstd * (1 + std::abs(dot)) + 1e-6 * std::abs(expected),
           "row %lld element %lld: %g, expected %g", (long long)row, (long long)i, given, expected);
     }
     for (int64_t i = p.dim; i < result.grad_input.stride; ++i) {
