@@ -182,7 +182,6 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
 
     BackwardAccess<Input, Scale, N> next[accesses];
     int64_t next_grad_input = 0;
-    int64_t next_added = 0;
     const auto fetch = [&](int64_t k) {
       if (k >= rows) {  // zeros add nothing
 #pragma unroll
@@ -194,7 +193,6 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
       const auto* dy = static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0];
       const Input* x = static_cast<const Input*>(args.input) + offset[1];
       next_grad_input = offset[2];
-      if constexpr (kAdds) next_added = offset[3];
 #pragma unroll
       for (int i = 0; i < accesses; ++i) {
         if (column(i) < dim) next[i].load(x + column(i), dy + column(i));
@@ -235,15 +233,18 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
       for (int i = 0; i < accesses; ++i) now[i] = next[i];
       Input* grad_input = static_cast<Input*>(args.grad_input) + next_grad_input;
       const bool live = first + sub < rows;
+      fetch(first + step + sub);
+      // Needed after the reduction only. There are no registers to carry its place from row to row.
       Pack<Input, N> added[kAdds ? accesses : 1];
       if constexpr (kAdds) {
-        const Input* more = static_cast<const Input*>(args.grad_new_residual) + next_added;
+        int64_t offset[4];
+        args.layout.offsets(args.layout.row_of_group(group, first + sub), offset);
+        const Input* more = static_cast<const Input*>(args.grad_new_residual) + offset[3];
 #pragma unroll
         for (int i = 0; i < accesses; ++i) {
           if (live && column(i) < dim) added[i].load_streaming(more + column(i));
         }
       }
-      fetch(first + step + sub);
 
       float sums[2] = {0, 0};
 #pragma unroll
