@@ -49,11 +49,8 @@ def _add_rms_norm_backward_vmap(
     # A gradient of the scale for each sample takes a row of the scale for each sample.
     if in_dims[3] is not None or output_mask[1]:
         scale = _put_scale(scale, in_dims[3], info.batch_size, one_scale, one_input.dim())
-    rows = (grad_output, grad_new_residual, new_residual)
-    rows = tuple(
-        _put(tensor, dim, info.batch_size, place)
-        for tensor, dim in zip(rows, in_dims[:3], strict=True)
-    )
+    tensors = (grad_output, grad_new_residual, new_residual)
+    rows = [_put(t, dim, info.batch_size, place) for t, dim in zip(tensors, in_dims, strict=False)]
     grad_input, grad_scale = _backward_op(*rows, scale, eps, output_mask)
     if output_mask[1]:
         grad_scale = grad_scale.reshape(info.batch_size, *one_scale.shape)
