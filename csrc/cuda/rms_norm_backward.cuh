@@ -345,7 +345,8 @@ __global__ void __launch_bounds__(kStatisticsBlock)
 // Any width, second half: a block visits every `parts`-th row of its group, in a slab of columns of
 // which each thread has one access.
 constexpr int kColumnsBlock = 256;
-constexpr int kColumnsBatch = 4;  // rows under way at once
+template <bool kAdds>
+constexpr int kColumnsBatch = kAdds ? 3 : 4;  // rows under way at once
 
 template <class Input, class Scale, int N, bool kAdds>
 __global__ void __launch_bounds__(kColumnsBlock)
@@ -364,13 +365,13 @@ __global__ void __launch_bounds__(kColumnsBlock)
   Number grad_scale[N] = {};
   const int64_t rows = args.rows_of_group;
 #pragma unroll 1
-  for (int64_t first = part; first < rows; first += kColumnsBatch * args.parts) {
-    BackwardAccess<Input, Scale, N> access[kColumnsBatch];
-    Pack<Input, N> added[kColumnsBatch];
-    RowStatistics<Number> of_row[kColumnsBatch];
-    int64_t grad_input[kColumnsBatch];
+  for (int64_t first = part; first < rows; first += kColumnsBatch<kAdds> * args.parts) {
+    BackwardAccess<Input, Scale, N> access[kColumnsBatch<kAdds>];
+    Pack<Input, N> added[kColumnsBatch<kAdds>];
+    RowStatistics<Number> of_row[kColumnsBatch<kAdds>];
+    int64_t grad_input[kColumnsBatch<kAdds>];
 #pragma unroll
-    for (int i = 0; i < kColumnsBatch; ++i) {
+    for (int i = 0; i < kColumnsBatch<kAdds>; ++i) {
       const int64_t k = first + i * args.parts;
       if (k >= rows) break;
       const int64_t row = args.layout.row_of_group(group, k);
@@ -387,7 +388,7 @@ __global__ void __launch_bounds__(kColumnsBlock)
       of_row[i] = statistics[row];
     }
 #pragma unroll
-    for (int i = 0; i < kColumnsBatch; ++i) {
+    for (int i = 0; i < kColumnsBatch<kAdds>; ++i) {
       if (first + i * args.parts >= rows) break;
       if (args.grad_input) {
         access[i].template write_grad_input<kAdds>(
@@ -560,7 +561,7 @@ BackwardPlan<Call> plan_with_access(const Call& call, int device) {
   });
   if (!done) {
     const int64_t slabs = ceil_divide(shape.dim, int64_t(kColumnsBlock) * N);
-    plan.parts = parts_of_group(shape, ceil_divide(4 * processors, slabs), kColumnsBatch);
+    plan.parts = parts_of_group(shape, ceil_divide(4 * processors, slabs), kColumnsBatch<kAdds>);
     plan.run = run_wide<Input, Scale, N, Call>;
     plan.statistics_bytes = shape.rows * 2 * int64_t(sizeof(Number));
   }
