@@ -8,6 +8,10 @@ enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 
 add_library(coreai_torch_cuda_kernels STATIC
+  csrc/cuda/add_rms_norm_bfloat16.cu
+  csrc/cuda/add_rms_norm_float16.cu
+  csrc/cuda/add_rms_norm_float32.cu
+  csrc/cuda/add_rms_norm_float64.cu
   csrc/cuda/rms_norm.cu
   csrc/cuda/rms_norm_bfloat16.cu
   csrc/cuda/rms_norm_float16.cu

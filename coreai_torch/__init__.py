@@ -2,6 +2,7 @@
 
     from coreai_torch.composite_ops import RMSNorm       # the module, used like torch.nn.RMSNorm
     from coreai_torch.ops import rms_norm                # the function
+    from coreai_torch.ops import add_rms_norm            # after a residual add, in one op
     from coreai_torch.reference import rms_norm          # the same in plain PyTorch operations
     from coreai_torch import replace_rms_norm            # in models that exist
     from coreai_torch import ExternalizeSpec             # tells a converter what to externalize

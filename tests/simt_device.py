@@ -75,6 +75,26 @@ class Backward(ctypes.Structure):
     ]
 
 
+class AddForward(Forward):
+    """AddRmsNormForward."""
+
+    _fields_ = [
+        ("residual", ctypes.c_void_p),
+        ("new_residual", ctypes.c_void_p),
+        ("residual_strides", ctypes.c_int64 * MAX_DIMS),
+        ("new_residual_strides", ctypes.c_int64 * MAX_DIMS),
+    ]
+
+
+class AddBackward(Backward):
+    """AddRmsNormBackward."""
+
+    _fields_ = [
+        ("grad_new_residual", ctypes.c_void_p),
+        ("grad_new_residual_strides", ctypes.c_int64 * MAX_DIMS),
+    ]
+
+
 class SimtError(Exception):
     """What the emulator or its checker reports of a kernel."""
 
@@ -150,6 +170,7 @@ class Simt:
         self.library.simt_traffic.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.library.simt_last_error.restype = ctypes.c_char_p
         self.library.simt_rms_norm_backward_workspace.restype = ctypes.c_int64
+        self.library.simt_add_rms_norm_backward_workspace.restype = ctypes.c_int64
         self.library.simt_set_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
         self.set_schedule("forward")
         self.set_card()
@@ -168,19 +189,40 @@ class Simt:
         return self.library.simt_launches()
 
     def forward(
-        self, input: Tensor, scale: Tensor, eps: float = 1e-5, *, output: Tensor | None = None
+        self,
+        input: Tensor,
+        scale: Tensor,
+        eps: float = 1e-5,
+        *,
+        output: Tensor | None = None,
+        residual: Tensor | None = None,
+        new_residual: Tensor | None = None,
     ) -> Call:
-        """Runs the forward kernels; `output` is a tensor of the layout that the output gets."""
+        """Runs the forward kernels, of the residual add where there is a residual; `output` and
+        `new_residual` are tensors of the layouts that these get."""
         if output is None:
             output = torch.empty(input.shape, dtype=output_dtype(input, scale))
         x = Buffer(self, "input", input, filled=True)
         w = Buffer(self, "scale", scale, filled=True)
         y = Buffer(self, "output", output, filled=False)
-        args = Forward(describe(input, scale, eps), x.pointer, w.pointer, y.pointer)
+        kind = Forward if residual is None else AddForward
+        args = kind(describe(input, scale, eps), x.pointer, w.pointer, y.pointer)
         fill(args.input_strides, input)
         fill(args.output_strides, output)
-        self._check(self.library.simt_rms_norm_forward(ctypes.byref(args)))
-        return Call({"input": x, "scale": w, "output": y})
+        buffers = {"input": x, "scale": w, "output": y}
+        if residual is None:
+            self._check(self.library.simt_rms_norm_forward(ctypes.byref(args)))
+            return Call(buffers)
+        if new_residual is None:
+            new_residual = torch.empty(input.shape, dtype=input.dtype)
+        buffers["residual"] = Buffer(self, "residual", residual, filled=True)
+        buffers["new_residual"] = Buffer(self, "new_residual", new_residual, filled=False)
+        args.residual = buffers["residual"].pointer
+        args.new_residual = buffers["new_residual"].pointer
+        fill(args.residual_strides, residual)
+        fill(args.new_residual_strides, new_residual)
+        self._check(self.library.simt_add_rms_norm_forward(ctypes.byref(args)))
+        return Call(buffers)
 
     def backward(
         self,
@@ -191,8 +233,10 @@ class Simt:
         *,
         grad_input: Tensor | None = None,
         output_mask: tuple[bool, bool] = (True, True),
+        grad_new_residual: Tensor | None = None,
     ) -> Call:
-        """Runs the backward kernels; `grad_input` is a tensor of the layout that it gets."""
+        """Runs the backward kernels, of the residual add where there is a grad_new_residual;
+        `grad_input` is a tensor of the layout that it gets."""
         if grad_input is None:
             grad_input = torch.empty(input.shape, dtype=input.dtype)
         dy = Buffer(self, "grad_output", grad_output, filled=True)
@@ -200,28 +244,33 @@ class Simt:
         w = Buffer(self, "scale", scale, filled=True)
         dx = Buffer(self, "grad_input", grad_input, filled=False)
         dw = Buffer(self, "grad_scale", torch.empty_like(scale), filled=False)
-        args = Backward(describe(input, scale, eps), dy.pointer, x.pointer, w.pointer)
+        op = "rms_norm" if grad_new_residual is None else "add_rms_norm"
+        kind = Backward if grad_new_residual is None else AddBackward
+        args = kind(describe(input, scale, eps), dy.pointer, x.pointer, w.pointer)
         args.grad_input = dx.pointer if output_mask[0] else None
         args.grad_scale = dw.pointer if output_mask[1] else None
         fill(args.grad_output_strides, grad_output)
         fill(args.input_strides, input)
         fill(args.grad_input_strides, grad_input)
-        workspace = torch.empty(
-            self.library.simt_rms_norm_backward_workspace(ctypes.byref(args)), dtype=torch.uint8
-        )
+        buffers = {
+            "grad_output": dy,
+            "input": x,
+            "scale": w,
+            "grad_input": dx,
+            "grad_scale": dw,
+        }
+        if grad_new_residual is not None:
+            dh = Buffer(self, "grad_new_residual", grad_new_residual, filled=True)
+            args.grad_new_residual = dh.pointer
+            fill(args.grad_new_residual_strides, grad_new_residual)
+            buffers["grad_new_residual"] = dh
+        bytes_of = getattr(self.library, f"simt_{op}_backward_workspace")
+        workspace = torch.empty(bytes_of(ctypes.byref(args)), dtype=torch.uint8)
         ws = Buffer(self, "workspace", workspace, filled=False)
         args.workspace = ws.pointer
-        self._check(self.library.simt_rms_norm_backward(ctypes.byref(args)))
-        return Call(
-            {
-                "grad_output": dy,
-                "input": x,
-                "scale": w,
-                "grad_input": dx,
-                "grad_scale": dw,
-                "workspace": ws,
-            }
-        )
+        buffers["workspace"] = ws
+        self._check(getattr(self.library, f"simt_{op}_backward")(ctypes.byref(args)))
+        return Call(buffers)
 
     def _check(self, error: int) -> None:
         if error:
@@ -305,19 +354,22 @@ def build() -> Path:
     return BUILD / "tests" / "simt" / "libsimt.so"
 
 
-def build_changed(folder: Path, file: str, change: Callable[[str], str]) -> Path:
-    """The kernels of bfloat16 with a change in one file of csrc/cuda, the others as they are."""
+def build_changed(
+    folder: Path, file: str, change: Callable[[str], str], entry_file: str = "rms_norm_bfloat16.cu"
+) -> Path:
+    """The kernels of bfloat16, without the residual add or with it, with a change in one file of
+    csrc/cuda; the others as they are."""
     build()
     kernels = folder / "cuda"
     shutil.copytree(ROOT / "csrc" / "cuda", kernels)
     (kernels / file).write_text(change((kernels / file).read_text()))
     pairs = kernels / "rms_norm_dtype_impl.cuh"  # one pair of dtypes is enough, and compiles faster
     text, count = re.subn(
-        r"(bool kIsPair = )[^;]*;", r"\1kIsSame<Input, Scale>;", pairs.read_text()
+        r"(bool kIs(Add)?Pair =)[^;]*;", r"\1 kIsSame<Input, Scale>;", pairs.read_text()
     )
-    assert count == 1
+    assert count == 2
     pairs.write_text(text)
-    source = ROOT / "csrc" / "cuda" / "rms_norm_bfloat16.cu"
+    source = ROOT / "csrc" / "cuda" / entry_file
     entry, objects = None, []
     for each in json.loads((BUILD / "compile_commands.json").read_text()):
         arguments = shlex.split(each["command"])

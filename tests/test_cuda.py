@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import ALL_PAIRS, PAIRS, assert_as_accurate_as_reference, names, with_gradients
+from cases import (
+    ALL_PAIRS,
+    PAIRS,
+    assert_as_accurate_as_reference,
+    assert_no_worse,
+    names,
+    oracle,
+    with_gradients,
+)
 from torch import Tensor
 
 from coreai_torch import _C, ops, reference
@@ -111,6 +119,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     namespace = torch.ops.coreai_torch
     torch.library.opcheck(namespace.fused_rms_norm, (x, w, 1e-5))
     torch.library.opcheck(namespace.fused_rms_norm_backward, (x, x, w, 1e-5, [True, True]))
+    torch.library.opcheck(namespace.fused_add_rms_norm, (x, x, w, 1e-5))
+    torch.library.opcheck(namespace.fused_add_rms_norm_backward, (x, x, x, w, 1e-5, [True, True]))
     torch.library.opcheck(namespace.rms_norm, (x.requires_grad_(), w.requires_grad_(), 1e-5))
 
 
@@ -128,6 +138,70 @@ def test_the_same_bits_every_time(dim: int) -> None:
     first = with_gradients(ops.rms_norm, x, w, dy, 1e-5)
     for _ in range(3):
         again = with_gradients(ops.rms_norm, x, w, dy, 1e-5)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def apart(x: Tensor, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.rms_norm(x + r, w), x + r
+
+
+def add_with_gradients(function, x: Tensor, r: Tensor, w: Tensor, dy: Tensor, dh: Tensor):
+    """Both outputs, and the gradients of the three tensors."""
+    leaves = [t.detach().requires_grad_() for t in (x, r, w)]
+    outputs = function(*leaves)
+    return *outputs, *torch.autograd.grad(outputs, leaves, (dy.to(outputs[0].dtype), dh))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+@pytest.mark.parametrize("dim", WIDTHS + ODD_WIDTHS)
+def test_residual_add(pair: tuple[torch.dtype, torch.dtype], dim: int) -> None:
+    rows = max(8, min(1000, 2**22 // dim))
+    x, r, dh = (randn(rows, dim, dtype=pair[0]) for _ in range(3))
+    w, dy = randn(dim, dtype=pair[1]), randn(rows, dim)
+    ours, theirs = (add_with_gradients(f, x, r, w, dy, dh) for f in (ops.add_rms_norm, apart))
+    assert torch.equal(ours[1], x + r)
+    dy = dy.to(ours[0].dtype)
+    exact = oracle(x + r, w, dy, 1e-5)
+    assert_no_worse("output", ours[0], theirs[0], exact[0], rows)
+    assert torch.equal(ours[2], ours[3])
+    assert_no_worse("grad_input", ours[2], theirs[2], exact[1] + dh.double(), rows)
+    assert_no_worse("grad_scale", ours[4], theirs[4], exact[2], rows)
+
+
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_residual_add_of_any_layout(layout: str, residual_layout: str) -> None:
+    x, dy = (LAYOUTS[layout](randn(6, 7, 256, dtype=torch.bfloat16)) for _ in range(2))
+    r, dh = (LAYOUTS[residual_layout](randn(6, 7, 256, dtype=torch.bfloat16)) for _ in range(2))
+    w = randn(256, dtype=torch.bfloat16)
+    given = (x, r, w, dy, dh)
+    dense = add_with_gradients(ops.add_rms_norm, *(t.contiguous() for t in given))
+    for a, b in zip(add_with_gradients(ops.add_rms_norm, *given), dense, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_the_residual_add_by_finite_differences() -> None:
+    shapes = ((3, 40), (3, 40), (40,))
+    leaves = [randn(*s, dtype=torch.float64).requires_grad_() for s in shapes]
+    assert torch.autograd.gradcheck(ops.add_rms_norm, leaves)
+    assert torch.autograd.gradgradcheck(ops.add_rms_norm, leaves)
+
+
+@pytest.mark.parametrize("dim", [64, 4096, 16384, 65536])
+def test_rows_of_the_residual_add_do_not_depend_on_other_rows(dim: int) -> None:
+    x, r = randn(300, dim, dtype=torch.bfloat16), randn(300, dim, dtype=torch.bfloat16)
+    w = randn(dim, dtype=torch.bfloat16)
+    y, _ = ops.add_rms_norm(x, r, w)
+    for rows in (1, 2, 17):
+        assert torch.equal(ops.add_rms_norm(x[:rows], r[:rows], w)[0], y[:rows])
+
+
+@pytest.mark.parametrize("dim", [64, 4096, 16384])
+def test_the_same_bits_of_the_residual_add_every_time(dim: int) -> None:
+    x, r, w, dy, dh = (randn(*s) for s in [(3000, dim)] * 2 + [(dim,)] + [(3000, dim)] * 2)
+    first = add_with_gradients(ops.add_rms_norm, x, r, w, dy, dh)
+    for _ in range(3):
+        again = add_with_gradients(ops.add_rms_norm, x, r, w, dy, dh)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

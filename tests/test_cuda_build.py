@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 DTYPES = ("float32", "float16", "bfloat16")
+OPS = {"rms_norm": 24, "add_rms_norm": 8}  # and how many kernels there are of each, at the least
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +60,7 @@ from coreai_torch import _C
 assert _C.build_info()["cuda_version"], _C.build_info()
 x, w = torch.randn(4, 64), torch.randn(64)
 torch.testing.assert_close(coreai_torch.ops.rms_norm(x, w), coreai_torch.reference.rms_norm(x, w))
+torch.testing.assert_close(coreai_torch.ops.add_rms_norm(x, x, w)[1], x + x)
 """
     environment = dict(os.environ, PYTHONPATH=str(library))
     for command in (["-c", code], ["-m", "coreai_torch"]):
@@ -107,15 +109,17 @@ def kernels_of(path: Path, architecture: str) -> list[Kernel]:
     ]
 
 
-def row_kernels(objects: Path, dtype: str, architecture: str, direction: str) -> list[Kernel]:
+def row_kernels(
+    objects: Path, op: str, dtype: str, architecture: str, direction: str
+) -> list[Kernel]:
     """Those that read rows 16 bytes at a time."""
     elements = 4 if dtype == "float32" else 8
     pattern = re.compile(rf"rms_norm_{direction}_rows<\w+, \w+, {elements}, Width")
-    kernels = kernels_of(objects / f"rms_norm_{dtype}.cu.o", architecture)
+    kernels = kernels_of(objects / f"{op}_{dtype}.cu.o", architecture)
     found = [kernel for kernel in kernels if pattern.match(kernel.name)]
     if architecture < "90" and architecture != "100" and architecture != "120":
         found = [kernel for kernel in found if kernel.width[2] == 1]
-    assert len(found) >= 24, "kernels are missing"
+    assert len(found) >= OPS[op], "kernels are missing"
     return found
 
 
@@ -127,28 +131,30 @@ def scale_bytes(kernel: Kernel) -> int:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, "float64"])
-def test_nothing_spills(objects: Path, dtype: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_nothing_spills(objects: Path, op: str, dtype: str) -> None:
     """No stack, no local memory, in any kernel for any architecture."""
-    path = objects / f"rms_norm_{dtype}.cu.o"
+    path = objects / f"{op}_{dtype}.cu.o"
     command = [tool("cuobjdump"), "-res-usage", str(path)]
     text = subprocess.run(command, capture_output=True, text=True, check=True)
     usage = re.findall(
         r"Function (\S+):\s+REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text.stdout + text.stderr
     )
-    assert len(usage) >= 6 * 16, "kernels are missing"
+    assert len(usage) >= 6 * (16 if op == "rms_norm" else 4), "kernels are missing"
     bad = [use for use in usage if use[2] != "0" or use[3] != "0"]
     assert not bad, plain_names([use[0] for use in bad])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
 def test_forward_reads_and_writes_rows_in_wide_accesses(
-    objects: Path, dtype: str, architecture: str
+    objects: Path, op: str, dtype: str, architecture: str
 ) -> None:
-    for kernel in row_kernels(objects, dtype, architecture, "forward"):
+    for kernel in row_kernels(objects, op, dtype, architecture, "forward"):
         accesses = kernel.width[1]
         rows = kernel.count(r"LDG\S*\.NA\S*\.128|LDG\S*\.NA\.128")
-        assert rows == accesses, kernel.name
+        assert rows == accesses * (1 if op == "rms_norm" else 2), kernel.name
         narrow_scale = scale_bytes(kernel) < 16
         scales = accesses * max(1, scale_bytes(kernel) // 16)
         assert kernel.count("LDG") == rows + scales, kernel.name
@@ -158,11 +164,12 @@ def test_forward_reads_and_writes_rows_in_wide_accesses(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
 def test_all_of_a_row_is_under_way_before_any_of_it_is_used(
-    objects: Path, dtype: str, architecture: str
+    objects: Path, op: str, dtype: str, architecture: str
 ) -> None:
     """Loads one after another would wait for memory several times."""
-    for kernel in row_kernels(objects, dtype, architecture, "forward"):
+    for kernel in row_kernels(objects, op, dtype, architecture, "forward"):
         loads = [i for i, o in enumerate(kernel.opcodes) if o.startswith("LDG") and ".NA" in o]
         between = kernel.opcodes[loads[0] : loads[-1]]
         assert not [o for o in between if o.startswith(("FFMA", "FMUL", "FADD"))], kernel.name
@@ -170,15 +177,21 @@ def test_all_of_a_row_is_under_way_before_any_of_it_is_used(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_backward_reads_rows_in_wide_accesses(objects: Path, dtype: str, architecture: str) -> None:
-    for kernel in row_kernels(objects, dtype, architecture, "backward"):
+@pytest.mark.parametrize("op", OPS)
+def test_backward_reads_rows_in_wide_accesses(
+    objects: Path, op: str, dtype: str, architecture: str
+) -> None:
+    for kernel in row_kernels(objects, op, dtype, architecture, "backward"):
         row_loads = kernel.count(r"LDG\S*\.NA")
         assert row_loads == kernel.count(r"LDG\S*\.NA\S*\.128|LDG\S*\.NA\.128"), kernel.name
-        assert row_loads % (2 * kernel.width[1]) == 0, kernel.name  # input and grad_output
+        # Of the first row and of the next: input and grad_output. Of this one what is added.
+        added = 0 if op == "rms_norm" else kernel.width[1]
+        assert (row_loads - added) % (2 * kernel.width[1]) == 0, kernel.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_function_calls(objects: Path, dtype: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_no_function_calls(objects: Path, op: str, dtype: str) -> None:
     """All inlined; the only subroutines are those of 64-bit division, for huge numbers of rows."""
-    for kernel in row_kernels(objects, dtype, "90", "forward"):
+    for kernel in row_kernels(objects, op, dtype, "90", "forward"):
         assert kernel.count("CALL") <= 4, kernel.name

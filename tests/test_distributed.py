@@ -186,6 +186,68 @@ def test_sharded_gradients_are_the_reference_s(group):
             torch.testing.assert_close(ours, whole)
 
 
+def sharded_add_call(shape, scale, dim, scale_placement, wanted):
+    x, w, dy = inputs_of(shape, scale)
+    on = mesh()
+    x, r, dy, dh = (distribute_tensor(t, on, [Shard(dim)]) for t in (x, x.sin(), dy, dy.cos()))
+    w = distribute_tensor(w, on, [scale_placement])
+    leaves = [t.requires_grad_() for t, asked in zip((x, r, w), wanted, strict=True) if asked]
+    with CommDebugMode() as communication:
+        outputs = ops.add_rms_norm(x, r, w)
+        grads = torch.autograd.grad(outputs, leaves, (dy, dh))
+    assert communication.get_total_counts() == 0, communication.get_comm_counts()
+    assert all(t.placements == (Shard(dim),) for t in outputs)
+    of_scale = Partial() if isinstance(scale_placement, Replicate) else scale_placement
+    expected = [
+        p for p, asked in zip((Shard(dim),) * 2 + (of_scale,), wanted, strict=True) if asked
+    ]
+    assert [t.placements for t in grads] == [(placement,) for placement in expected]
+    return [t.full_tensor().detach() for t in (*outputs, *grads)]
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, False, True), (True, True, True)], ids=str
+)
+@pytest.mark.parametrize("sharding", SHARDINGS.values(), ids=SHARDINGS)
+def test_sharded_residual_add(group, sharding, wanted):
+    x, w, dy = inputs_of(*sharding[:2])
+    r, dh = x.sin(), dy.cos()
+    leaves = [t.requires_grad_() for t, asked in zip((x, r, w), wanted, strict=True) if asked]
+    outputs = ops.add_rms_norm(x, r, w)
+    expected = [*outputs, *torch.autograd.grad(outputs, leaves, (dy, dh))]
+    for results in group.run(sharded_add_call, *sharding, wanted):
+        for ours, whole in zip(results, expected, strict=True):
+            torch.testing.assert_close(ours, whole)
+
+
+def redistributed_add_call(input_placement, residual_placement):
+    x, w, dy = inputs_of((4, 2, 6, 8), (2, 1, 8))
+    x, r = (
+        distribute_tensor(t, mesh(), [placement]).requires_grad_()
+        for t, placement in ((x, input_placement), (x.sin(), residual_placement))
+    )
+    w = distribute_tensor(w, mesh(), [Replicate()]).requires_grad_()
+    y, h = ops.add_rms_norm(x, r, w)
+    torch.autograd.backward((y, h), [distribute_tensor(dy, mesh(), [Replicate()])] * 2)
+    return [t.full_tensor().detach() for t in (y, h, x.grad, r.grad, w.grad)]
+
+
+@pytest.mark.parametrize(
+    ("input_placement", "residual_placement"),
+    [(Shard(3), Shard(3)), (Shard(0), Shard(1)), (Replicate(), Shard(2)), (Shard(1), Replicate())],
+    ids=str,
+)
+def test_residual_add_of_other_placements(group, input_placement, residual_placement):
+    x, w, dy = inputs_of((4, 2, 6, 8), (2, 1, 8))
+    r = x.sin()
+    y, h = ops.add_rms_norm(*(t.requires_grad_() for t in (x, r, w)))
+    torch.autograd.backward((y, h), (dy, dy))
+    expected = (y, h, x.grad, r.grad, w.grad)
+    for results in group.run(redistributed_add_call, input_placement, residual_placement):
+        for ours, whole in zip(results, expected, strict=True):
+            torch.testing.assert_close(ours, whole)
+
+
 def call_on_two_dimensions():
     x, w, g = inputs_of((4, 2, 6, 8), (2, 1, 8))
     on = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "heads"))
@@ -283,6 +345,8 @@ import {second}, torch
 known = torch.distributed.tensor.DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
 assert torch.ops.coreai_torch.fused_rms_norm.default in known
 assert torch.ops.coreai_torch.fused_rms_norm_backward.default in known
+assert torch.ops.coreai_torch.fused_add_rms_norm.default in known
+assert torch.ops.coreai_torch.fused_add_rms_norm_backward.default in known
 """
     subprocess.run([sys.executable, "-W", "error:coreai_torch", "-c", program], check=True)
 

@@ -34,10 +34,23 @@ def backward_arguments(pair):
             yield grad, input.detach(), scale.detach(), eps, mask
 
 
+def add_forward_arguments(pair):
+    for input, scale, eps in forward_arguments(pair):
+        residual = torch.randn(input.shape).to(pair[0]).requires_grad_(input.requires_grad)
+        yield input, residual, scale, eps
+
+
+def add_backward_arguments(pair):
+    for grad, input, *others in backward_arguments(pair):
+        yield grad, torch.randn(input.shape).to(pair[0]), input, *others
+
+
 ARGUMENTS = {
     "rms_norm": forward_arguments,
     "fused_rms_norm": forward_arguments,
     "fused_rms_norm_backward": backward_arguments,
+    "fused_add_rms_norm": add_forward_arguments,
+    "fused_add_rms_norm_backward": add_backward_arguments,
 }
 
 

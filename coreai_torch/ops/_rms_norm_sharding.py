@@ -8,7 +8,7 @@ with it; any other is replicated, and each shard's gradient of it is a part of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -18,7 +18,7 @@ from torch.distributed.tensor.experimental import register_sharding
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
-    Placements = list[Placement | None]
+Placements: TypeAlias = "list[Placement | None]"
 
 _forward_op = torch.ops.coreai_torch.fused_rms_norm.default
 _backward_op = torch.ops.coreai_torch.fused_rms_norm_backward.default
@@ -62,8 +62,15 @@ def _rms_norm_backward_sharding(
     return shardings
 
 
-# DTensor remembers what it decided for given placements. By default it takes no account of the
-# arguments that are not tensors, but output_mask decides which of the outputs there are.
-DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[_backward_op] = RuntimeSchemaInfo(
-    static_argnum=[argument.name for argument in _backward_op._schema.arguments].index("eps")
-)
+def _tell_by_mask(backward_op: Any) -> None:
+    """Have DTensor tell calls of a backward op apart by their output_mask.
+
+    It remembers what it decided for given placements. By default it takes no account of the
+    arguments that are not tensors, but output_mask decides which of the outputs there are.
+    """
+    names = [argument.name for argument in backward_op._schema.arguments]
+    info = RuntimeSchemaInfo(static_argnum=names.index("eps"))
+    DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[backward_op] = info
+
+
+_tell_by_mask(_backward_op)

@@ -33,71 +33,79 @@ def output_dtype(input: torch.dtype, scale: torch.dtype) -> torch.dtype:
     return torch.promote_types(input, scale)
 
 
-def check_rms_norm(input: Tensor, scale: Tensor, eps: float) -> None:
-    """Raise what the error contract says; csrc/torch/rms_norm.cpp has the same in C++."""
-    for name, tensor in (("input", input), ("scale", scale)):
-        _check_dense(name, tensor)
+def check_rms_norm(
+    input: Tensor, scale: Tensor, eps: float, *, op: str = "rms_norm", of: str = "input"
+) -> None:
+    """Raise what the error contract says; csrc/torch/rms_norm.cpp has the same in C++.
+
+    `op` is the op's name, and `of` what the user knows its input as.
+    """
+    for name, tensor in ((of, input), ("scale", scale)):
+        check_dense(name, tensor, op=op)
         if tensor.dtype not in DTYPES:
             raise NotImplementedError(
-                f"rms_norm: expected {name} of dtype float64, float32, float16 or bfloat16, "
+                f"{op}: expected {name} of dtype float64, float32, float16 or bfloat16, "
                 f"got {tensor.dtype}"
             )
     if input.dim() < 1:
         raise RuntimeError(
-            f"rms_norm: expected input with at least one dimension, got shape {list(input.shape)}"
+            f"{op}: expected {of} with at least one dimension, got shape {list(input.shape)}"
         )
     if scale.dim() < 1 or scale.shape[-1] != input.shape[-1]:
         raise RuntimeError(
-            f"rms_norm: expected scale with last dimension {input.shape[-1]} (the last dimension "
-            f"of input), got shape {list(scale.shape)}"
+            f"{op}: expected scale with last dimension {input.shape[-1]} (the last dimension "
+            f"of {of}), got shape {list(scale.shape)}"
         )
     if scale.dim() > input.dim() or any(
         ours != 1 and ours != theirs
         for ours, theirs in zip(reversed(scale.shape), reversed(input.shape), strict=False)
     ):
         raise RuntimeError(
-            "rms_norm: expected scale that broadcasts to the shape of input, "
+            f"{op}: expected scale that broadcasts to the shape of {of}, "
             f"{list(input.shape)}, got shape {list(scale.shape)}"
         )
-    _check_device("scale", scale, input)
-    check_eps(eps)
+    check_device("scale", scale, input, op=op, of=of)
+    check_eps(eps, op=op)
 
 
-def check_rms_norm_backward(grad_output: Tensor, input: Tensor, scale: Tensor, eps: float) -> None:
+def check_rms_norm_backward(
+    grad_output: Tensor, input: Tensor, scale: Tensor, eps: float, *, op: str = "rms_norm"
+) -> None:
     """Raise what the error contract says of the arguments of backward."""
-    check_rms_norm(input, scale, eps)
-    _check_dense("grad_output", grad_output)
+    check_rms_norm(input, scale, eps, op=op)
+    check_dense("grad_output", grad_output, op=op)
     if grad_output.shape != input.shape:
         raise RuntimeError(
-            "rms_norm: expected grad_output with the shape of the output, "
+            f"{op}: expected grad_output with the shape of the output, "
             f"{list(input.shape)}, got shape {list(grad_output.shape)}"
         )
     expected = output_dtype(input.dtype, scale.dtype)
     if grad_output.dtype != expected:
         raise RuntimeError(
-            f"rms_norm: expected grad_output of the output's dtype, {expected}, "
-            f"got {grad_output.dtype}"
+            f"{op}: expected grad_output of the output's dtype, {expected}, got {grad_output.dtype}"
         )
-    _check_device("grad_output", grad_output, input)
+    check_device("grad_output", grad_output, input, op=op)
 
 
-def check_eps(eps: float) -> None:
+def check_eps(eps: float, *, op: str = "rms_norm") -> None:
     """Raise ValueError unless eps is a number that is zero or above."""
     if not eps >= 0:
-        raise ValueError(f"rms_norm: expected eps >= 0, got {eps}")
+        raise ValueError(f"{op}: expected eps >= 0, got {eps}")
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor, *, op: str) -> None:
+    """Raise RuntimeError if a tensor is sparse."""
     if tensor.layout != torch.strided:
         raise RuntimeError(
-            f"rms_norm: expected {name} to be a dense tensor, got layout {tensor.layout}; "
+            f"{op}: expected {name} to be a dense tensor, got layout {tensor.layout}; "
             "convert it with .to_dense()"
         )
 
 
-def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, input: Tensor, *, op: str, of: str = "input") -> None:
+    """Raise RuntimeError if a tensor is not where the input is."""
     if tensor.device != input.device:
         raise RuntimeError(
-            f"rms_norm: expected {name} on the device of input, {input.device}, "
+            f"{op}: expected {name} on the device of {of}, {input.device}, "
             f"got {tensor.device}; move one of them with .to()"
         )

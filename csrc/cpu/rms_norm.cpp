@@ -1,11 +1,10 @@
 // Picks the kernel for the dtypes and the SIMD level, and spreads its work over threads.
 #include "coreai_torch/rms_norm.h"
 
-#include <initializer_list>
-
 #include "cpu/levels.h"
 #include "cpu/rms_norm_kernels.h"
 #include "cpu/rms_norm_plan.h"
+#include "cpu/run.h"
 #include "cpu/streaming.h"
 
 namespace coreai_torch {
@@ -19,46 +18,14 @@ namespace {
 #define COREAI_TORCH_ADDRESS(id, name) &rms_norm_kernels_##id,
 constexpr const RmsNormKernels* kTables[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
 
-constexpr int64_t kGrainElements = 32768;  // at::internal::GRAIN_SIZE: worth waking a thread for
-
 const RmsNormKernels& kernels_for(DType input) {
   return input == DType::kFloat64 ? rms_norm_kernels_float64 : *kTables[cpu_level()];
 }
-
-constexpr int64_t kSizes[kDTypes] = {4, 2, 2, 8};  // in the order of DType
 
 // The sum over no rows. Zero has the same bytes in every dtype.
 void set_to_zero(void* grad_scale, const RmsNormShape& shape) {
   const int64_t bytes = shape.groups * shape.dim * kSizes[int(shape.scale_dtype)];
   for (int64_t i = 0; i < bytes; ++i) static_cast<char*>(grad_scale)[i] = 0;
-}
-
-// Are the rows of every operand one behind the other, so that the next row's place is known?
-bool is_contiguous(const RmsNormShape& shape, std::initializer_list<const int64_t*> strides) {
-  if (shape.row_ndim != 1) return false;
-  for (const int64_t* stride : strides) {
-    if (stride[0] != shape.dim) return false;
-  }
-  return true;
-}
-
-template <class Kernel, class Args>
-void run(
-    Kernel kernel, const Args& args, bool stream, int64_t count, int64_t elements_each,
-    ParallelFor parallel_for) {
-  struct Context {
-    Kernel kernel;
-    const Args* args;
-    bool stream;
-  } context{kernel, &args, stream};
-  const int64_t grain = elements_each < kGrainElements ? kGrainElements / elements_each : 1;
-  parallel_for(
-      0, count, grain,
-      [](int64_t begin, int64_t end, void* opaque) {
-        const Context* context = static_cast<const Context*>(opaque);
-        context->kernel(*context->args, context->stream, begin, end);
-      },
-      &context);
 }
 
 }  // namespace
@@ -87,24 +54,31 @@ int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
 
 void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
   const RmsNormShape& shape = args.shape;
-  if (shape.dim == 0) return;
+  if (shape.rows > 0 && shape.dim > 0) {
+    const BackwardPlan plan = backward_plan(shape);
+    const bool stream =
+        args.grad_input != nullptr &&
+        is_contiguous(
+            shape, {args.grad_output_strides, args.input_strides, args.grad_input_strides}) &&
+        worth_streaming(args.grad_input, shape.rows, shape.dim * kSizes[int(shape.input_dtype)]);
+    const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
+    run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, stream, plan.tasks,
+        plan.chunk_rows * shape.dim, parallel_for);
+  }
+  sum_grad_scale_cpu(args, parallel_for);
+}
+
+void sum_grad_scale_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
+  const RmsNormShape& shape = args.shape;
+  if (args.grad_scale == nullptr || shape.dim == 0) return;
   if (shape.rows == 0) {
-    if (args.grad_scale != nullptr) set_to_zero(args.grad_scale, shape);
+    set_to_zero(args.grad_scale, shape);
     return;
   }
-  const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
-  const BackwardPlan plan = backward_plan(shape);
-  const bool stream =
-      args.grad_input != nullptr &&
-      is_contiguous(
-          shape, {args.grad_output_strides, args.input_strides, args.grad_input_strides}) &&
-      worth_streaming(args.grad_input, shape.rows, shape.dim * kSizes[int(shape.input_dtype)]);
-  run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, stream, plan.tasks,
-      plan.chunk_rows * shape.dim, parallel_for);
-  if (args.grad_scale == nullptr) return;
   const int64_t blocks_per_group = (shape.dim + kReduceColumns - 1) / kReduceColumns;
-  run(kernels.reduce[int(shape.scale_dtype)], args, false, shape.groups * blocks_per_group,
-      kReduceColumns * plan.chunks_per_group, parallel_for);
+  run(kernels_for(shape.input_dtype).reduce[int(shape.scale_dtype)], args, false,
+      shape.groups * blocks_per_group, kReduceColumns * backward_plan(shape).chunks_per_group,
+      parallel_for);
 }
 
 }  // namespace coreai_torch

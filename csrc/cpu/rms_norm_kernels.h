@@ -27,4 +27,7 @@ struct RmsNormKernels {
   RmsNormReduceKernel reduce[kDTypes];
 };
 
+// The end of backward: grad_scale, if it is wanted, from the sums in the workspace.
+void sum_grad_scale_cpu(const RmsNormBackward& args, ParallelFor parallel_for);
+
 }  // namespace coreai_torch

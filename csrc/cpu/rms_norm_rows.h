@@ -1,7 +1,8 @@
-// The RMSNorm kernels, written once for every SIMD level and for double precision (simd.h or
-// simd/float64.h comes first). Everything here has internal linkage.
+// The RMSNorm kernels, with and without the residual add, written once for every SIMD level and for
+// double precision (simd.h or simd/float64.h comes first). Everything here has internal linkage.
 #pragma once
 
+#include "coreai_torch/add_rms_norm.h"
 #include "cpu/rms_norm_kernels.h"
 #include "cpu/rms_norm_plan.h"
 #include "cpu/row_sum.h"
@@ -70,6 +71,33 @@ class RowCursor {
   int64_t offset_[N];
 };
 
+template <class T>
+inline Pair rounded_to(Pair v) {
+  if constexpr (sizeof(T) < sizeof(Real)) {
+    return round_to<T>(v);
+  } else {
+    return v;
+  }
+}
+
+inline RowCursor<2> cursor_of(const RmsNormForward& args) {
+  return {args.shape, {args.input_strides, args.output_strides}};
+}
+inline RowCursor<4> cursor_of(const AddRmsNormForward& args) {
+  return {
+      args.shape,
+      {args.input_strides, args.output_strides, args.residual_strides, args.new_residual_strides}};
+}
+inline RowCursor<3> cursor_of(const RmsNormBackward& args) {
+  return {args.shape, {args.grad_output_strides, args.input_strides, args.grad_input_strides}};
+}
+inline RowCursor<4> cursor_of(const AddRmsNormBackward& args) {
+  return {
+      args.shape,
+      {args.grad_output_strides, args.input_strides, args.grad_input_strides,
+       args.grad_new_residual_strides}};
+}
+
 inline Real rstd_of(Real sum_of_squares, const RmsNormShape& shape) {
   const Real mean = sum_of_squares / Real(shape.dim) + Real(shape.eps);
   if constexpr (sizeof(Real) == sizeof(float)) {
@@ -87,18 +115,70 @@ inline void prefetch(const T* p) {
   }
 }
 
+// What is normalized: the input or, after the residual add, the sum. A sum is written when it is
+// taken, for row_sums(), and read again from the cache. Written past the caches it would not be
+// there, so where rows are streamed it is taken a second time, and written then.
+template <class Input>
+struct InputRows {
+  const Input* input[kForwardRows];
+
+  template <class Part>
+  Pair first(Part part, int r, int64_t i) const {
+    return part.load_from(input[r] + i);
+  }
+  template <class Part>
+  Pair again(Part part, int r, int64_t i) const {
+    return part.load_from(input[r] + i);
+  }
+  void prefetch_at(int r, int64_t i) const { prefetch(input[r] + i); }
+};
+
+template <bool kStream, class Input>
+struct SummedRows {
+  const Input* input[kForwardRows];
+  const Input* residual[kForwardRows];
+  Input* new_residual[kForwardRows];
+
+  template <class Part>
+  Pair sum(Part part, int r, int64_t i) const {
+    return part.load_from(input[r] + i) + part.load_from(residual[r] + i);
+  }
+  template <class Part>
+  Pair first(Part part, int r, int64_t i) const {
+    if constexpr (kStream) {
+      return rounded_to<Input>(sum(part, r, i));
+    } else {
+      part.store_to(new_residual[r] + i, sum(part, r, i));
+      return again(part, r, i);
+    }
+  }
+  template <class Part>
+  Pair again(Part part, int r, int64_t i) const {
+    if constexpr (kStream) {
+      const Pair rounded = rounded_to<Input>(sum(part, r, i));
+      part.store_to(new_residual[r] + i, rounded);
+      return rounded;
+    } else {
+      return part.load_from(new_residual[r] + i);
+    }
+  }
+  void prefetch_at(int r, int64_t i) const {
+    prefetch(input[r] + i);
+    prefetch(residual[r] + i);
+  }
+};
+
 // Normalises kRows rows that share a scale row.
-template <int kRows, bool kStream, class Input, class Scale, class Output>
+template <int kRows, bool kStream, class Input, class Scale, class Rows, class Output>
 inline void forward_rows(
-    const RmsNormShape& shape, const Input* const* input, const Scale* scale,
-    Output* const* output) {
+    const RmsNormShape& shape, const Rows& rows, const Scale* scale, Output* const* output) {
   const int64_t dim = shape.dim;
   Real sums[kRows];
   row_sums<kRows>(
       dim,
       [&](auto part, int64_t i, Pair* terms) {
         for (int r = 0; r < kRows; ++r) {
-          const Pair x = part.load_from(input[r] + i);
+          const Pair x = rows.first(part, r, i);
           terms[r] = x * x;
         }
       },
@@ -109,8 +189,8 @@ inline void forward_rows(
   for_each_pair<Part>(0, dim, [&](auto part, int64_t i) {
     const Pair w = part.load_from(scale + i);
     for (int r = 0; r < kRows; ++r) {
-      if constexpr (kStream) prefetch(input[r] + kRows * dim + i);  // the next rows
-      Pair normalized = part.load_from(input[r] + i) * rstd[r];
+      if constexpr (kStream) rows.prefetch_at(r, kRows * dim + i);  // the next rows
+      Pair normalized = rows.again(part, r, i) * rstd[r];
       if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
         normalized = round_to<Input>(normalized);
       }
@@ -119,18 +199,23 @@ inline void forward_rows(
   });
 }
 
-template <bool kStream, class Input, class Scale>
-void forward_range(const RmsNormForward& args, int64_t begin, int64_t end) {
+template <bool kStream, class Input, class Scale, class Args>
+void forward_range(const Args& args, int64_t begin, int64_t end) {
+  constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
-  RowCursor<2> cursor(shape, {args.input_strides, args.output_strides});
+  auto cursor = cursor_of(args);
   cursor.seek(begin);
-  const Input* input[kForwardRows];
+  typename Conditional<kAdds, SummedRows<kStream, Input>, InputRows<Input>>::type rows;
   Output* output[kForwardRows];
   const auto take_rows = [&](int count) {
     for (int r = 0; r < count; ++r, cursor.next()) {
-      input[r] = (const Input*)args.input + cursor.offset(0);
+      rows.input[r] = (const Input*)args.input + cursor.offset(0);
       output[r] = (Output*)args.output + cursor.offset(1);
+      if constexpr (kAdds) {
+        rows.residual[r] = (const Input*)args.residual + cursor.offset(2);
+        rows.new_residual[r] = (Input*)args.new_residual + cursor.offset(3);
+      }
     }
   };
   int64_t row = begin;
@@ -141,17 +226,17 @@ void forward_range(const RmsNormForward& args, int64_t begin, int64_t end) {
     const int64_t run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
     for (; row + kForwardRows <= run_end; row += kForwardRows) {
       take_rows(kForwardRows);
-      forward_rows<kForwardRows, kStream>(shape, input, scale, output);
+      forward_rows<kForwardRows, kStream, Input>(shape, rows, scale, output);
     }
     for (; row < run_end; ++row) {
       take_rows(1);
-      forward_rows<1, kStream>(shape, input, scale, output);
+      forward_rows<1, kStream, Input>(shape, rows, scale, output);
     }
   }
 }
 
-template <class Input, class Scale>
-void forward(const RmsNormForward& args, bool stream, int64_t begin, int64_t end) {
+template <class Input, class Scale, class Args>
+void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
   if (stream) {
     forward_range<true, Input, Scale>(args, begin, end);
     stream_end();
@@ -167,7 +252,8 @@ struct BackwardBlock {
   const Input* input[kBlockRows];
   Input* grad_input[kBlockRows];
   Real rstd[kBlockRows];
-  Real mean_dot[kBlockRows];  // mean(grad_output * scale * normalized)
+  Real mean_dot[kBlockRows];                   // mean(grad_output * scale * normalized)
+  const Input* grad_new_residual[kBlockRows];  // of the residual add
 };
 
 // Fills rstd and mean_dot of kRows rows from `first` on.
@@ -198,9 +284,9 @@ inline void backward_sums(
   }
 }
 
-// kRows is kBlockRows, or 0 for `rows` rows.
+// kRows is kBlockRows, or 0 for `rows` rows. With kAdds, grad_new_residual is added to grad_input.
 template <
-    int kRows, bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale,
+    int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale,
     class Output>
 inline void backward_block(
     const RmsNormShape& shape, const Scale* scale, int rows, BackwardBlock<Input, Output>& block,
@@ -220,8 +306,12 @@ inline void backward_block(
       const Pair normalized = part.load_from(block.input[r] + i) * rstd;
       const Pair grad = part.load_from(block.grad_output[r] + i);
       if constexpr (kGradInput) {
-        const Pair grad_input = (grad * w - normalized * splat(block.mean_dot[r])) * rstd;
+        Pair grad_input = (grad * w - normalized * splat(block.mean_dot[r])) * rstd;
+        if constexpr (kAdds) {
+          grad_input = grad_input + part.load_from(block.grad_new_residual[r] + i);
+        }
         if constexpr (kStream && kSame<decltype(part), Whole>) {
+          if constexpr (kAdds) prefetch(block.grad_new_residual[r] + kBlockRows * shape.dim + i);
           prefetch(block.input[r] + kBlockRows * shape.dim + i);  // the next block
           prefetch(block.grad_output[r] + kBlockRows * shape.dim + i);
           stream(block.grad_input[r] + i, grad_input);
@@ -241,13 +331,13 @@ inline void backward_block(
   });
 }
 
-template <bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale>
-void backward_tasks(const RmsNormBackward& args, int64_t begin, int64_t end) {
+template <bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale, class Args>
+void backward_tasks(const Args& args, int64_t begin, int64_t end) {
+  constexpr bool kAdds = kSame<Args, AddRmsNormBackward>;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
   const BackwardPlan plan = backward_plan(shape);
-  RowCursor<3> cursor(
-      shape, {args.grad_output_strides, args.input_strides, args.grad_input_strides});
+  auto cursor = cursor_of(args);
   BackwardBlock<Input, Output> block;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / plan.chunks_per_group;
@@ -273,23 +363,30 @@ void backward_tasks(const RmsNormBackward& args, int64_t begin, int64_t end) {
         block.grad_output[r] = (const Output*)args.grad_output + cursor.offset(0);
         block.input[r] = (const Input*)args.input + cursor.offset(1);
         block.grad_input[r] = (Input*)args.grad_input + cursor.offset(2);
+        if constexpr (kAdds) {
+          block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
+        }
       }
       if (rows == kBlockRows) {
-        backward_block<kBlockRows, kGradInput, kGradScale, kStream>(
+        backward_block<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
             shape, scale, rows, block, grad_scale, done == 0);
       } else {
-        backward_block<0, kGradInput, kGradScale, kStream>(
+        backward_block<0, kAdds, kGradInput, kGradScale, kStream>(
             shape, scale, rows, block, grad_scale, done == 0);
       }
     }
   }
 }
 
-template <class Input, class Scale>
-void backward(const RmsNormBackward& args, bool stream, int64_t begin, int64_t end) {
-  if (args.grad_input == nullptr) {
-    backward_tasks<false, true, false, Input, Scale>(args, begin, end);
-  } else if (args.grad_scale == nullptr) {
+template <class Input, class Scale, class Args>
+void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
+  if constexpr (kSame<Args, RmsNormBackward>) {
+    if (args.grad_input == nullptr) {
+      backward_tasks<false, true, false, Input, Scale>(args, begin, end);
+      return;
+    }
+  }
+  if (args.grad_scale == nullptr) {
     backward_tasks<true, false, false, Input, Scale>(args, begin, end);
   } else if (!stream) {
     backward_tasks<true, true, false, Input, Scale>(args, begin, end);

@@ -73,6 +73,13 @@ struct Pack {
       units[i] = coreai_torch::load_cached(reinterpret_cast<const Unit*>(p) + i);
     }
   }
+  // What this thread has stored itself.
+  __device__ __forceinline__ void load_stored(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      units[i] = coreai_torch::load_stored(reinterpret_cast<const Unit*>(p) + i);
+    }
+  }
   __device__ __forceinline__ void store_streaming(T* p) const {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -111,6 +118,16 @@ struct Pack {
         words[i / 2] = pack2<T>(float(values[i]), float(values[i + 1]));
       }
     }
+  }
+
+  // Elementwise; each sum is rounded.
+  __device__ __forceinline__ void add(const Pack& other) {
+    Accumulate<T> sums[N], others[N];
+    unpack(sums);
+    other.unpack(others);
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i] += others[i];
+    pack(sums);
   }
 };
 

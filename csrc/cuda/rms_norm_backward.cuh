@@ -5,10 +5,14 @@
 //   grad_input = (g - n * mean(g * n)) * rstd
 //   grad_scale = sum over rows of grad_output * n
 //
+// and where the norm comes after a residual add, grad_new_residual is added to grad_input.
+//
 // The statistics are taken anew from the row that is read anyway. The sum over rows is taken in two
 // stages: each block (or cluster) sums the rows that it visits and writes one partial sum; a second
 // kernel adds the partial sums, always in the same order, and rounds to the scale's dtype.
 #pragma once
+
+#include "coreai_torch/add_rms_norm.h"
 
 #include "alignment.cuh"
 #include "rms_norm_dtypes.cuh"
@@ -17,6 +21,7 @@
 
 namespace coreai_torch {
 
+template <bool kAdds>
 struct BackwardArgs {
   const void* grad_output;
   const void* input;
@@ -29,7 +34,8 @@ struct BackwardArgs {
   int64_t rows_of_group;
   int64_t parts;  // blocks (or clusters) that share the rows of a group
   double eps;
-  RowLayout<3> layout;  // grad_output, input, grad_input
+  RowLayout<kAdds ? 4 : 3> layout;  // grad_output, input, grad_input[, grad_new_residual]
+  const void* grad_new_residual;
 };
 
 // What the gradient of a row's elements needs to know of the whole row.
@@ -76,16 +82,28 @@ struct BackwardAccess {
     sums[1] += products;
   }
 
+  // With kAdds, plus what is `added`.
+  template <bool kAdds>
   __device__ __forceinline__ void write_grad_input(
-      const RowStatistics<Number>& row, const Pack<Scale, N>& scale, Input* grad_input) const {
+      const RowStatistics<Number>& row, const Pack<Scale, N>& scale, const Pack<Input, N>& added,
+      Input* grad_input) const {
     Number x[N], dy[N];
     Accumulate<Scale> w[N];
     input.unpack(x);
     grad_output.unpack(dy);
     scale.unpack(w);
+    if constexpr (kAdds) {
+      Number more[N];
+      added.unpack(more);
 #pragma unroll
-    for (int e = 0; e < N; ++e) {
-      x[e] = fma(-row.mean_product, x[e] * row.rstd, dy[e] * w[e]) * row.rstd;
+      for (int e = 0; e < N; ++e) {
+        x[e] = fma(fma(-row.mean_product, x[e] * row.rstd, dy[e] * w[e]), row.rstd, more[e]);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < N; ++e) {
+        x[e] = fma(-row.mean_product, x[e] * row.rstd, dy[e] * w[e]) * row.rstd;
+      }
     }
     Pack<Input, N> result;
     result.pack(x);
@@ -103,9 +121,9 @@ struct BackwardAccess {
 
 // Where a block's sums of grad_scale go: to the partial sums, or, where it is the only block of its
 // group, to grad_scale itself.
-template <class Scale, int N, class Number>
+template <class Scale, int N, class Number, bool kAdds>
 __device__ __forceinline__ void write_grad_scale(
-    const BackwardArgs& args, int64_t group, int64_t part, int64_t column,
+    const BackwardArgs<kAdds>& args, int64_t group, int64_t part, int64_t column,
     const Number (&sums)[N]) {
   if (args.parts == 1) {
     Pack<Scale, N> result;
@@ -119,10 +137,14 @@ __device__ __forceinline__ void write_grad_scale(
   }
 }
 
-// What a thread holds in 32-bit registers: two rows' accesses, the scale, sums of grad_scale.
-template <class Input, class Scale, int N, class W>
+// What a thread holds in 32-bit registers: two rows' accesses and with kAdds those of what is added
+// to one, the scale, sums of grad_scale.
+template <class Input, class Scale, int N, class W, bool kAdds>
 struct BackwardRegisters {
-  static constexpr int kRows = W::kAccesses * 2 * int(sizeof(BackwardAccess<Input, Scale, N>)) / 4;
+  static constexpr int kRows = W::kAccesses *
+                               (2 * int(sizeof(BackwardAccess<Input, Scale, N>)) +
+                                (kAdds ? int(sizeof(Pack<Input, N>)) : 0)) /
+                               4;
   static constexpr int kScale = W::kAccesses * int(sizeof(Pack<Scale, N>)) / 4;
   static constexpr int kSums = W::kAccesses * N;
 
@@ -136,9 +158,9 @@ struct BackwardRegisters {
 
 // A block (or cluster) visits every `parts`-th batch of the rows of its group. A row is read once;
 // the next is under way while it is worked on.
-template <class Input, class Scale, int N, class W>
-__global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, W>::kBlocks)
-    rms_norm_backward_rows(const __grid_constant__ BackwardArgs args) {
+template <class Input, class Scale, int N, class W, bool kAdds>
+__global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, W, kAdds>::kBlocks)
+    rms_norm_backward_rows(const __grid_constant__ BackwardArgs<kAdds> args) {
   constexpr int threads = W::kRowThreads;
   constexpr int accesses = W::kAccesses;
   constexpr int cluster = W::kCluster;
@@ -166,7 +188,7 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
         for (int i = 0; i < accesses; ++i) next[i] = {};
         return;
       }
-      int64_t offset[3];
+      int64_t offset[kAdds ? 4 : 3];
       args.layout.offsets(args.layout.row_of_group(group, k), offset);
       const auto* dy = static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0];
       const Input* x = static_cast<const Input*>(args.input) + offset[1];
@@ -184,7 +206,7 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
       if (column(i) < dim) pack.load_cached(scale + column(i));
       return pack;
     };
-    constexpr bool keeps_scale = BackwardRegisters<Input, Scale, N, W>::kKeepsScale;
+    constexpr bool keeps_scale = BackwardRegisters<Input, Scale, N, W, kAdds>::kKeepsScale;
     Pack<Scale, N> kept_scale[keeps_scale ? accesses : 1];
     const auto scale_of = [&](int i) {
       if constexpr (keeps_scale) {
@@ -212,6 +234,17 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
       Input* grad_input = static_cast<Input*>(args.grad_input) + next_grad_input;
       const bool live = first + sub < rows;
       fetch(first + step + sub);
+      // Needed after the reduction only. There are no registers to carry its place from row to row.
+      Pack<Input, N> added[kAdds ? accesses : 1];
+      if constexpr (kAdds) {
+        int64_t offset[4];
+        args.layout.offsets(args.layout.row_of_group(group, first + sub), offset);
+        const Input* more = static_cast<const Input*>(args.grad_new_residual) + offset[3];
+#pragma unroll
+        for (int i = 0; i < accesses; ++i) {
+          if (live && column(i) < dim) added[i].load_streaming(more + column(i));
+        }
+      }
 
       float sums[2] = {0, 0};
 #pragma unroll
@@ -224,7 +257,8 @@ __global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, 
 #pragma unroll
       for (int i = 0; i < accesses; ++i) {
         if (args.grad_input && column(i) < dim) {
-          now[i].write_grad_input(statistics, scale_of(i), grad_input + column(i));
+          now[i].template write_grad_input<kAdds>(
+              statistics, scale_of(i), added[kAdds ? i : 0], grad_input + column(i));
         }
         if (args.grad_scale) now[i].add_to_grad_scale(grad_scale[i], statistics.rstd);
       }
@@ -276,7 +310,7 @@ constexpr int kStatisticsBlock = 512;
 
 template <class Input, class Scale, int N>
 __global__ void __launch_bounds__(kStatisticsBlock)
-    rms_norm_backward_statistics(const __grid_constant__ BackwardArgs args) {
+    rms_norm_backward_statistics(const __grid_constant__ BackwardArgs<false> args) {
   using Number = Accumulate<Input>;
   COREAI_TORCH_SHARED_MEMORY(shared);
   Number* buffer = reinterpret_cast<Number*>(shared);
@@ -311,11 +345,12 @@ __global__ void __launch_bounds__(kStatisticsBlock)
 // Any width, second half: a block visits every `parts`-th row of its group, in a slab of columns of
 // which each thread has one access.
 constexpr int kColumnsBlock = 256;
-constexpr int kColumnsBatch = 4;  // rows under way at once
+template <bool kAdds>
+constexpr int kColumnsBatch = kAdds ? 3 : 4;  // rows under way at once
 
-template <class Input, class Scale, int N>
+template <class Input, class Scale, int N, bool kAdds>
 __global__ void __launch_bounds__(kColumnsBlock)
-    rms_norm_backward_columns(const __grid_constant__ BackwardArgs args) {
+    rms_norm_backward_columns(const __grid_constant__ BackwardArgs<kAdds> args) {
   using Number = Accumulate<Input>;
   constexpr int64_t slab = int64_t(kColumnsBlock) * N;
   const int64_t slabs = (args.dim + slab - 1) / slab;
@@ -330,29 +365,34 @@ __global__ void __launch_bounds__(kColumnsBlock)
   Number grad_scale[N] = {};
   const int64_t rows = args.rows_of_group;
 #pragma unroll 1
-  for (int64_t first = part; first < rows; first += kColumnsBatch * args.parts) {
-    BackwardAccess<Input, Scale, N> access[kColumnsBatch];
-    RowStatistics<Number> of_row[kColumnsBatch];
-    int64_t grad_input[kColumnsBatch];
+  for (int64_t first = part; first < rows; first += kColumnsBatch<kAdds> * args.parts) {
+    BackwardAccess<Input, Scale, N> access[kColumnsBatch<kAdds>];
+    Pack<Input, N> added[kColumnsBatch<kAdds>];
+    RowStatistics<Number> of_row[kColumnsBatch<kAdds>];
+    int64_t grad_input[kColumnsBatch<kAdds>];
 #pragma unroll
-    for (int i = 0; i < kColumnsBatch; ++i) {
+    for (int i = 0; i < kColumnsBatch<kAdds>; ++i) {
       const int64_t k = first + i * args.parts;
       if (k >= rows) break;
       const int64_t row = args.layout.row_of_group(group, k);
-      int64_t offset[3];
+      int64_t offset[kAdds ? 4 : 3];
       args.layout.offsets(row, offset);
       access[i].load(
           static_cast<const Input*>(args.input) + offset[1] + column,
           static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0] + column);
+      if constexpr (kAdds) {
+        added[i].load_streaming(
+            static_cast<const Input*>(args.grad_new_residual) + offset[3] + column);
+      }
       grad_input[i] = offset[2] + column;
       of_row[i] = statistics[row];
     }
 #pragma unroll
-    for (int i = 0; i < kColumnsBatch; ++i) {
+    for (int i = 0; i < kColumnsBatch<kAdds>; ++i) {
       if (first + i * args.parts >= rows) break;
       if (args.grad_input) {
-        access[i].write_grad_input(
-            of_row[i], w, static_cast<Input*>(args.grad_input) + grad_input[i]);
+        access[i].template write_grad_input<kAdds>(
+            of_row[i], w, added[i], static_cast<Input*>(args.grad_input) + grad_input[i]);
       }
       if (args.grad_scale) access[i].add_to_grad_scale(grad_scale, of_row[i].rstd);
     }
@@ -366,7 +406,7 @@ constexpr int kSumWalkers = 32;  // threads that walk down a column's parts
 
 template <class Scale, class Number>
 __global__ void __launch_bounds__(kSumColumns* kSumWalkers)
-    rms_norm_backward_sum(const __grid_constant__ BackwardArgs args) {
+    rms_norm_backward_sum(const __grid_constant__ BackwardArgs<false> args) {
   COREAI_TORCH_SHARED_MEMORY(shared);
   const int x = threadIdx.x % kSumColumns;
   const int y = threadIdx.x / kSumColumns;
@@ -398,14 +438,56 @@ __global__ void __launch_bounds__(kSumColumns* kSumWalkers)
 
 // ---- host --------------------------------------------------------------------------------------
 
-// How a call is carried out.
+// How a call is carried out. Call is RmsNormBackward or AddRmsNormBackward.
+template <class Call>
 struct BackwardPlan {
   int64_t parts;
   int64_t partial_bytes;  // in the workspace, followed by
   int64_t statistics_bytes;
-  cudaError_t (*run)(
-      const BackwardArgs& args, const BackwardPlan& plan, int device, cudaStream_t stream);
+  cudaError_t (*run)(const Call& call, const BackwardPlan& plan, int device, cudaStream_t stream);
 };
+
+template <class Call>
+constexpr bool kBackwardAdds = kIsSame<Call, AddRmsNormBackward>;
+
+template <class Call>
+BackwardArgs<false> backward_args(const RmsNormBackward& call, const BackwardPlan<Call>& plan) {
+  const RmsNormShape& shape = call.shape;
+  return {
+      call.grad_output,
+      call.input,
+      call.scale,
+      call.grad_input,
+      call.grad_scale,
+      call.workspace,
+      static_cast<char*>(call.workspace) + plan.partial_bytes,
+      shape.dim,
+      shape.rows / shape.groups,
+      plan.parts,
+      shape.eps,
+      RowLayout<3>(shape, {call.grad_output_strides, call.input_strides, call.grad_input_strides}),
+      nullptr};
+}
+template <class Call>
+BackwardArgs<true> backward_args(const AddRmsNormBackward& call, const BackwardPlan<Call>& plan) {
+  const RmsNormShape& shape = call.shape;
+  return {
+      call.grad_output,
+      call.input,
+      call.scale,
+      call.grad_input,
+      call.grad_scale,
+      call.workspace,
+      static_cast<char*>(call.workspace) + plan.partial_bytes,
+      shape.dim,
+      shape.rows / shape.groups,
+      plan.parts,
+      shape.eps,
+      RowLayout<4>(
+          shape, {call.grad_output_strides, call.input_strides, call.grad_input_strides,
+                  call.grad_new_residual_strides}),
+      call.grad_new_residual};
+}
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up_16(int64_t bytes) { return ceil_divide(bytes, 16) * 16; }
@@ -418,7 +500,7 @@ inline int64_t parts_of_group(const RmsNormShape& shape, int64_t resident, int64
 }
 
 template <class Scale, class Number>
-cudaError_t sum_partials(const BackwardArgs& args, cudaStream_t stream) {
+cudaError_t sum_partials(const BackwardArgs<false>& args, cudaStream_t stream) {
   const int64_t blocks = args.layout.groups * ceil_divide(args.dim, kSumColumns);
   constexpr size_t shared = sizeof(Number) * kSumWalkers * (kSumColumns + 1);
   return launch(
@@ -432,52 +514,55 @@ Launch rows_launch(int64_t units, cudaStream_t stream) {
       units * W::kCluster, W::kBlock, sizeof(float) * kBackwardBuffer<N, W>, stream, W::kCluster};
 }
 
-template <class Input, class Scale, int N, class W>
-cudaError_t run_rows(const BackwardArgs& args, const BackwardPlan& plan, int, cudaStream_t stream) {
+template <class Input, class Scale, int N, class W, class Call>
+cudaError_t run_rows(const Call& call, const BackwardPlan<Call>& plan, int, cudaStream_t stream) {
   return launch(
-      rows_launch<N, W>(args.layout.groups * plan.parts, stream),
-      rms_norm_backward_rows<Input, Scale, N, W>, args);
+      rows_launch<N, W>(call.shape.groups * plan.parts, stream),
+      rms_norm_backward_rows<Input, Scale, N, W, kBackwardAdds<Call>>, backward_args(call, plan));
 }
 
-template <class Input, class Scale, int N>
+template <class Input, class Scale, int N, class Call>
 cudaError_t run_wide(
-    const BackwardArgs& args, const BackwardPlan& plan, int device, cudaStream_t stream) {
+    const Call& call, const BackwardPlan<Call>& plan, int device, cudaStream_t stream) {
   using Number = Accumulate<Input>;
+  const RmsNormShape& shape = call.shape;
   const int64_t most = 4 * int64_t(multiprocessors(device));
   constexpr size_t shared =
       2 * sizeof(Number) * kRowSumBuffer<kStatisticsBlock, kStatisticsBlock, 1, 2>;
   const cudaError_t error = launch(
-      {args.layout.rows < most ? args.layout.rows : most, kStatisticsBlock, shared, stream},
-      rms_norm_backward_statistics<Input, Scale, N>, args);
+      {shape.rows < most ? shape.rows : most, kStatisticsBlock, shared, stream},
+      rms_norm_backward_statistics<Input, Scale, N>,
+      backward_args(static_cast<const RmsNormBackward&>(call), plan));
   if (error != cudaSuccess) return error;
-  const int64_t slabs = ceil_divide(args.dim, int64_t(kColumnsBlock) * N);
+  const int64_t slabs = ceil_divide(shape.dim, int64_t(kColumnsBlock) * N);
   return launch(
-      {args.layout.groups * plan.parts * slabs, kColumnsBlock, 0, stream},
-      rms_norm_backward_columns<Input, Scale, N>, args);
+      {shape.groups * plan.parts * slabs, kColumnsBlock, 0, stream},
+      rms_norm_backward_columns<Input, Scale, N, kBackwardAdds<Call>>, backward_args(call, plan));
 }
 
-template <class Input, class Scale, int N, class Candidates>
-BackwardPlan plan_with_access(const RmsNormBackward& call, int device) {
+template <class Input, class Scale, int N, class Candidates, class Call>
+BackwardPlan<Call> plan_with_access(const Call& call, int device) {
+  constexpr bool kAdds = kBackwardAdds<Call>;
   using Number = Accumulate<Input>;
   const RmsNormShape& shape = call.shape;
   const int64_t processors = multiprocessors(device);
-  BackwardPlan plan = {};
+  BackwardPlan<Call> plan = {};
   const bool done = with_width(Candidates{}, ceil_divide(shape.dim, N), [&](auto width) {
     using W = decltype(width);
-    int64_t resident = processors * BackwardRegisters<Input, Scale, N, W>::kBlocks;
+    int64_t resident = processors * BackwardRegisters<Input, Scale, N, W, kAdds>::kBlocks;
     if (W::kCluster > 1) {
       resident = resident_clusters(
-          device, rms_norm_backward_rows<Input, Scale, N, W>, rows_launch<N, W>(0, nullptr));
+          device, rms_norm_backward_rows<Input, Scale, N, W, kAdds>, rows_launch<N, W>(0, nullptr));
       if (resident == 0) return false;
     }
     plan.parts = parts_of_group(shape, resident, W::kBlockRows);
-    plan.run = run_rows<Input, Scale, N, W>;
+    plan.run = run_rows<Input, Scale, N, W, Call>;
     return true;
   });
   if (!done) {
     const int64_t slabs = ceil_divide(shape.dim, int64_t(kColumnsBlock) * N);
-    plan.parts = parts_of_group(shape, ceil_divide(4 * processors, slabs), kColumnsBatch);
-    plan.run = run_wide<Input, Scale, N>;
+    plan.parts = parts_of_group(shape, ceil_divide(4 * processors, slabs), kColumnsBatch<kAdds>);
+    plan.run = run_wide<Input, Scale, N, Call>;
     plan.statistics_bytes = shape.rows * 2 * int64_t(sizeof(Number));
   }
   if (call.grad_scale && plan.parts > 1) {
@@ -487,49 +572,40 @@ BackwardPlan plan_with_access(const RmsNormBackward& call, int device) {
   return plan;
 }
 
-template <class Input, class Scale>
-BackwardPlan plan_backward(const RmsNormBackward& call, int device) {
+template <class Input, class Scale, class Call>
+BackwardPlan<Call> plan_backward(const Call& call, int device) {
+  constexpr bool kAdds = kBackwardAdds<Call>;
   if constexpr (kHasRowKernels<Input>) {
     constexpr int N = kAccessElements<Input>;
     const RmsNormShape& shape = call.shape;
-    if (shape.dim % N == 0 && is_aligned<Input, N>(shape, call.input, call.input_strides) &&
+    bool aligned =
+        shape.dim % N == 0 && is_aligned<Input, N>(shape, call.input, call.input_strides) &&
         is_aligned<Output<Input, Scale>, N>(shape, call.grad_output, call.grad_output_strides) &&
         is_aligned<Input, N>(shape, call.grad_input, call.grad_input_strides) &&
-        is_aligned<Scale, N>(call.scale) && is_aligned<Scale, N>(call.grad_scale)) {
-      return plan_with_access<Input, Scale, N, BackwardWidths<N>>(call, device);
+        is_aligned<Scale, N>(call.scale) && is_aligned<Scale, N>(call.grad_scale);
+    if constexpr (kAdds) {
+      aligned = aligned &&
+                is_aligned<Input, N>(shape, call.grad_new_residual, call.grad_new_residual_strides);
     }
-    return plan_with_access<Input, Scale, 1, BackwardWidths<1>>(call, device);
-  } else {
-    return plan_with_access<Input, Scale, 1, Widths<>>(call, device);
+    if (aligned) return plan_with_access<Input, Scale, N, BackwardWidths<N>>(call, device);
   }
+  return plan_with_access<Input, Scale, 1, ElementWidths<Input, kAdds, BackwardWidths<1>>>(
+      call, device);
 }
 
-template <class Input, class Scale>
-int64_t rms_norm_backward_workspace(const RmsNormBackward& call, int device) {
-  const BackwardPlan plan = plan_backward<Input, Scale>(call, device);
+template <class Input, class Scale, class Call>
+int64_t rms_norm_backward_workspace(const Call& call, int device) {
+  const BackwardPlan<Call> plan = plan_backward<Input, Scale>(call, device);
   return plan.partial_bytes + plan.statistics_bytes;
 }
 
-template <class Input, class Scale>
-cudaError_t rms_norm_backward(const RmsNormBackward& call, int device, cudaStream_t stream) {
-  const RmsNormShape& shape = call.shape;
-  const BackwardPlan plan = plan_backward<Input, Scale>(call, device);
-  const BackwardArgs args = {
-      call.grad_output,
-      call.input,
-      call.scale,
-      call.grad_input,
-      call.grad_scale,
-      call.workspace,
-      static_cast<char*>(call.workspace) + plan.partial_bytes,
-      shape.dim,
-      shape.rows / shape.groups,
-      plan.parts,
-      shape.eps,
-      RowLayout<3>(shape, {call.grad_output_strides, call.input_strides, call.grad_input_strides})};
-  const cudaError_t error = plan.run(args, plan, device, stream);
+template <class Input, class Scale, class Call>
+cudaError_t rms_norm_backward(const Call& call, int device, cudaStream_t stream) {
+  const BackwardPlan<Call> plan = plan_backward<Input, Scale>(call, device);
+  const cudaError_t error = plan.run(call, plan, device, stream);
   if (error != cudaSuccess || !call.grad_scale || plan.parts == 1) return error;
-  return sum_partials<Scale, Accumulate<Input>>(args, stream);
+  return sum_partials<Scale, Accumulate<Input>>(
+      backward_args(static_cast<const RmsNormBackward&>(call), plan), stream);
 }
 
 }  // namespace coreai_torch

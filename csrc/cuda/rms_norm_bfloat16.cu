@@ -1,4 +1,4 @@
 // RMSNorm of bfloat16 input.
 #include "rms_norm_dtype_impl.cuh"
 
-template struct coreai_torch::RmsNormCuda<coreai_torch::BFloat16>;
+template struct coreai_torch::RmsNormCuda<coreai_torch::BFloat16, false>;

@@ -1,15 +1,29 @@
 // The entry points of one input dtype; one source file each, so that they compile side by side.
 #pragma once
 
-#include "coreai_torch/rms_norm_cuda.h"
+#include "coreai_torch/add_rms_norm_cuda.h"
 
 namespace coreai_torch {
 
-template <class Input>
+template <bool kAdds>
+struct Calls {
+  using Forward = RmsNormForward;
+  using Backward = RmsNormBackward;
+};
+template <>
+struct Calls<true> {
+  using Forward = AddRmsNormForward;
+  using Backward = AddRmsNormBackward;
+};
+
+// With kAdds, after a residual add.
+template <class Input, bool kAdds>
 struct RmsNormCuda {
-  static cudaError_t forward(const RmsNormForward& call, int device, cudaStream_t stream);
-  static int64_t backward_workspace(const RmsNormBackward& call, int device);
-  static cudaError_t backward(const RmsNormBackward& call, int device, cudaStream_t stream);
+  using Forward = typename Calls<kAdds>::Forward;
+  using Backward = typename Calls<kAdds>::Backward;
+  static cudaError_t forward(const Forward& call, int device, cudaStream_t stream);
+  static int64_t backward_workspace(const Backward& call, int device);
+  static cudaError_t backward(const Backward& call, int device, cudaStream_t stream);
 };
 
 // The number of element types is known: calls f with a value of the one that `dtype` names.

@@ -1,4 +1,4 @@
-// Definitions of RmsNormCuda<Input>; included by the source file of each input dtype.
+// Definitions of RmsNormCuda<Input, kAdds>; included by the source file of each input dtype.
 #pragma once
 
 #include "rms_norm_backward.cuh"
@@ -11,12 +11,17 @@ namespace coreai_torch {
 template <class Input, class Scale>
 constexpr bool kIsPair = kIsSame<Input, double> || !kIsSame<Scale, double>;
 
-template <class Input>
-cudaError_t RmsNormCuda<Input>::forward(
-    const RmsNormForward& call, int device, cudaStream_t stream) {
+// As add_rms_norm_has_kernels() says.
+template <class Input, class Scale>
+constexpr bool kIsAddPair =
+    kIsSame<Scale, Input> || (kIsSame<Scale, float> && !kIsSame<Input, double>);
+
+template <class Input, bool kAdds>
+cudaError_t RmsNormCuda<Input, kAdds>::forward(
+    const Forward& call, int device, cudaStream_t stream) {
   return with_dtype(call.shape.scale_dtype, [&](auto scale) -> cudaError_t {
     using Scale = decltype(scale);
-    if constexpr (kIsPair<Input, Scale>) {
+    if constexpr (kAdds ? kIsAddPair<Input, Scale> : kIsPair<Input, Scale>) {
       return rms_norm_forward<Input, Scale>(call, device, stream);
     } else {
       return cudaErrorInvalidValue;
@@ -24,11 +29,11 @@ cudaError_t RmsNormCuda<Input>::forward(
   });
 }
 
-template <class Input>
-int64_t RmsNormCuda<Input>::backward_workspace(const RmsNormBackward& call, int device) {
+template <class Input, bool kAdds>
+int64_t RmsNormCuda<Input, kAdds>::backward_workspace(const Backward& call, int device) {
   return with_dtype(call.shape.scale_dtype, [&](auto scale) -> int64_t {
     using Scale = decltype(scale);
-    if constexpr (kIsPair<Input, Scale>) {
+    if constexpr (kAdds ? kIsAddPair<Input, Scale> : kIsPair<Input, Scale>) {
       return rms_norm_backward_workspace<Input, Scale>(call, device);
     } else {
       return 0;
@@ -36,12 +41,12 @@ int64_t RmsNormCuda<Input>::backward_workspace(const RmsNormBackward& call, int 
   });
 }
 
-template <class Input>
-cudaError_t RmsNormCuda<Input>::backward(
-    const RmsNormBackward& call, int device, cudaStream_t stream) {
+template <class Input, bool kAdds>
+cudaError_t RmsNormCuda<Input, kAdds>::backward(
+    const Backward& call, int device, cudaStream_t stream) {
   return with_dtype(call.shape.scale_dtype, [&](auto scale) -> cudaError_t {
     using Scale = decltype(scale);
-    if constexpr (kIsPair<Input, Scale>) {
+    if constexpr (kAdds ? kIsAddPair<Input, Scale> : kIsPair<Input, Scale>) {
       return rms_norm_backward<Input, Scale>(call, device, stream);
     } else {
       return cudaErrorInvalidValue;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pack.cuh"
+#include "widths.cuh"
 
 namespace coreai_torch {
 
@@ -48,5 +49,22 @@ constexpr int kAccessElements = kIs16Bit<Input> ? 8 : 4;
 // float64 runs on the kernels that take any width, element by element.
 template <class Input>
 constexpr bool kHasRowKernels = !kIsSame<Input, double>;
+
+// The widths, out of `Candidates`, for rows that are read element by element. With the residual add
+// there are none: such rows are rare, and take the kernels for any width.
+template <class Input, bool kAdds, class Candidates>
+struct ElementWidthsOf {
+  using Type = Candidates;
+};
+template <class Input, class Candidates>
+struct ElementWidthsOf<Input, true, Candidates> {
+  using Type = Widths<>;
+};
+template <class Candidates>
+struct ElementWidthsOf<double, false, Candidates> {
+  using Type = Widths<>;
+};
+template <class Input, bool kAdds, class Candidates>
+using ElementWidths = typename ElementWidthsOf<Input, kAdds, Candidates>::Type;
 
 }  // namespace coreai_torch

@@ -1,4 +1,4 @@
 // RMSNorm of float32 input.
 #include "rms_norm_dtype_impl.cuh"
 
-template struct coreai_torch::RmsNormCuda<float>;
+template struct coreai_torch::RmsNormCuda<float, false>;

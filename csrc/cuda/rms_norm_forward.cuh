@@ -1,5 +1,7 @@
-// RMSNorm forward: kernels, and which of them runs.
+// RMSNorm forward, with and without the residual add: kernels, and which of them runs.
 #pragma once
+
+#include "coreai_torch/add_rms_norm.h"
 
 #include "alignment.cuh"
 #include "rms_norm_dtypes.cuh"
@@ -8,6 +10,7 @@
 
 namespace coreai_torch {
 
+template <bool kAdds>
 struct ForwardArgs {
   const void* input;
   const void* scale;
@@ -15,7 +18,9 @@ struct ForwardArgs {
   int64_t dim;
   int64_t first_row;  // of this launch
   double eps;
-  RowLayout<2> layout;  // input, output
+  RowLayout<kAdds ? 4 : 2> layout;  // input, output[, residual, new_residual]
+  const void* residual;
+  void* new_residual;
 };
 
 // Writes one access of the output.
@@ -60,10 +65,11 @@ __device__ __forceinline__ Number rstd_of(Number squares, int64_t dim, double ep
 template <class W>
 constexpr int kForwardBlocks = W::kBlock == 512 ? 2 : 896 / W::kBlock;
 
-// A row is read once and stays packed in registers between its reduction and its output.
-template <class Input, class Scale, int N, class W>
+// A row is read once and stays packed in registers between its reduction and its output. With kAdds
+// it is the sum of two rows, rounded, which is written as well.
+template <class Input, class Scale, int N, class W, bool kAdds>
 __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
-    rms_norm_forward_rows(const __grid_constant__ ForwardArgs args) {
+    rms_norm_forward_rows(const __grid_constant__ ForwardArgs<kAdds> args) {
   constexpr int threads = W::kRowThreads;
   constexpr int accesses = W::kAccesses;
   constexpr int cluster = W::kCluster;
@@ -77,7 +83,7 @@ __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
     const int64_t row =
         args.first_row + int64_t(blockIdx.x / cluster) * W::kBlockRows + threadIdx.x / threads;
     const bool live = row < args.layout.rows;
-    int64_t offset[2];
+    int64_t offset[kAdds ? 4 : 2];
     args.layout.offsets(live ? row : 0, offset);
     const auto column = [=](int i) { return ((i * cluster + rank) * threads + lane) * N; };
 
@@ -86,6 +92,14 @@ __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
       if (live && column(i) < dim) x[i].load_streaming(input + column(i));
+    }
+    Pack<Input, N> added[kAdds ? accesses : 1];
+    if constexpr (kAdds) {
+      const Input* residual = static_cast<const Input*>(args.residual) + offset[2];
+#pragma unroll
+      for (int i = 0; i < accesses; ++i) {
+        if (live && column(i) < dim) added[i].load_streaming(residual + column(i));
+      }
     }
     // The scale is fetched while the row is under way, where registers allow.
     constexpr bool scale_first =
@@ -97,6 +111,15 @@ __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
 #pragma unroll
       for (int i = 0; i < accesses; ++i) {
         if (column(i) < dim) w[i].load_cached(scale + column(i));
+      }
+    }
+
+    if constexpr (kAdds) {
+      Input* new_residual = static_cast<Input*>(args.new_residual) + offset[3];
+#pragma unroll
+      for (int i = 0; i < accesses; ++i) {
+        x[i].add(added[i]);
+        if (live && column(i) < dim) x[i].store_streaming(new_residual + column(i));
       }
     }
 
@@ -122,23 +145,46 @@ __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
 constexpr int kWideBlock = 1024;
 constexpr int kWideBatch = 4;  // accesses of a thread under way at once
 
-template <class Input, class Scale, int N>
+template <class Input, class Scale, int N, bool kAdds>
 __global__ void __launch_bounds__(kWideBlock)
-    rms_norm_forward_wide(const __grid_constant__ ForwardArgs args) {
+    rms_norm_forward_wide(const __grid_constant__ ForwardArgs<kAdds> args) {
   using Number = Accumulate<Input>;
   COREAI_TORCH_SHARED_MEMORY(shared);
   const int64_t row = args.first_row + blockIdx.x;
-  int64_t offset[2];
+  int64_t offset[kAdds ? 4 : 2];
   args.layout.offsets(row, offset);
   const Input* input = static_cast<const Input*>(args.input) + offset[0];
   constexpr int64_t step = int64_t(kWideBlock) * N;
 
   Number sum[1] = {0};
+  Input* new_residual = nullptr;
+  if constexpr (kAdds) {
+    const Input* residual = static_cast<const Input*>(args.residual) + offset[2];
+    new_residual = static_cast<Input*>(args.new_residual) + offset[3];
+#pragma unroll 1
+    for (int64_t first = threadIdx.x * N; first < args.dim; first += kWideBatch * step) {
+      Pack<Input, N> x[kWideBatch], added[kWideBatch];
+#pragma unroll
+      for (int i = 0; i < kWideBatch; ++i) {
+        if (first + i * step >= args.dim) break;
+        x[i].load_streaming(input + first + i * step);
+        added[i].load_streaming(residual + first + i * step);
+      }
+#pragma unroll
+      for (int i = 0; i < kWideBatch; ++i) {
+        if (first + i * step >= args.dim) break;
+        x[i].add(added[i]);
+        x[i].store_streaming(new_residual + first + i * step);
+        sum[0] += sum_of_squares(x[i]);
+      }
+    }
+  } else {
 #pragma unroll kWideBatch
-  for (int64_t c = threadIdx.x * N; c < args.dim; c += step) {
-    Pack<Input, N> x;
-    x.load_cached(input + c);
-    sum[0] += sum_of_squares(x);
+    for (int64_t c = threadIdx.x * N; c < args.dim; c += step) {
+      Pack<Input, N> x;
+      x.load_cached(input + c);
+      sum[0] += sum_of_squares(x);
+    }
   }
   row_sum<kWideBlock, 1>(sum, reinterpret_cast<Number*>(shared));
 
@@ -150,7 +196,12 @@ __global__ void __launch_bounds__(kWideBlock)
     Pack<Input, N> x[kWideBatch];
 #pragma unroll
     for (int i = 0; i < kWideBatch; ++i) {
-      if (first + i * step < args.dim) x[i].load_streaming(input + first + i * step);
+      if (first + i * step >= args.dim) break;
+      if constexpr (kAdds) {
+        x[i].load_stored(new_residual + first + i * step);
+      } else {
+        x[i].load_streaming(input + first + i * step);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kWideBatch; ++i) {
@@ -181,13 +232,13 @@ cudaError_t launch_over_rows(
   return cudaSuccess;
 }
 
-template <class Input, class Scale, int N, class Candidates>
-cudaError_t forward_with_access(const ForwardArgs& args, int device, cudaStream_t stream) {
+template <class Input, class Scale, int N, class Candidates, bool kAdds>
+cudaError_t forward_with_access(const ForwardArgs<kAdds>& args, int device, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   const int64_t accesses = (args.dim + N - 1) / N;
   const bool done = with_width(Candidates{}, accesses, [&](auto width) {
     using W = decltype(width);
-    constexpr auto kernel = rms_norm_forward_rows<Input, Scale, N, W>;
+    constexpr auto kernel = rms_norm_forward_rows<Input, Scale, N, W, kAdds>;
     constexpr size_t shared =
         sizeof(float) * kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 1>;
     const Launch how = {0, W::kBlock, shared, stream, W::kCluster};
@@ -198,32 +249,61 @@ cudaError_t forward_with_access(const ForwardArgs& args, int device, cudaStream_
   if (done) return error;
   constexpr size_t shared = sizeof(Accumulate<Input>) * kRowSumBuffer<kWideBlock, kWideBlock, 1, 1>;
   return launch_over_rows(
-      {0, kWideBlock, shared, stream}, rms_norm_forward_wide<Input, Scale, N>, args,
+      {0, kWideBlock, shared, stream}, rms_norm_forward_wide<Input, Scale, N, kAdds>, args,
       args.layout.rows, 1);
 }
 
-template <class Input, class Scale>
-cudaError_t rms_norm_forward(const RmsNormForward& call, int device, cudaStream_t stream) {
+inline ForwardArgs<false> forward_args(const RmsNormForward& call) {
   const RmsNormShape& shape = call.shape;
-  const ForwardArgs args = {
+  return {
       call.input,
       call.scale,
       call.output,
       shape.dim,
       0,
       shape.eps,
-      RowLayout<2>(shape, {call.input_strides, call.output_strides})};
+      RowLayout<2>(shape, {call.input_strides, call.output_strides}),
+      nullptr,
+      nullptr};
+}
+inline ForwardArgs<true> forward_args(const AddRmsNormForward& call) {
+  const RmsNormShape& shape = call.shape;
+  return {
+      call.input,
+      call.scale,
+      call.output,
+      shape.dim,
+      0,
+      shape.eps,
+      RowLayout<4>(
+          shape, {call.input_strides, call.output_strides, call.residual_strides,
+                  call.new_residual_strides}),
+      call.residual,
+      call.new_residual};
+}
+
+// Call is RmsNormForward or AddRmsNormForward.
+template <class Input, class Scale, class Call>
+cudaError_t rms_norm_forward(const Call& call, int device, cudaStream_t stream) {
+  constexpr bool kAdds = kIsSame<Call, AddRmsNormForward>;
+  const RmsNormShape& shape = call.shape;
+  const auto args = forward_args(call);
   if constexpr (kHasRowKernels<Input>) {
     constexpr int N = kAccessElements<Input>;
-    if (shape.dim % N == 0 && is_aligned<Input, N>(shape, call.input, call.input_strides) &&
-        is_aligned<Scale, N>(call.scale) &&
-        is_aligned<Output<Input, Scale>, N>(shape, call.output, call.output_strides)) {
+    bool aligned = shape.dim % N == 0 &&
+                   is_aligned<Input, N>(shape, call.input, call.input_strides) &&
+                   is_aligned<Scale, N>(call.scale) &&
+                   is_aligned<Output<Input, Scale>, N>(shape, call.output, call.output_strides);
+    if constexpr (kAdds) {
+      aligned = aligned && is_aligned<Input, N>(shape, call.residual, call.residual_strides) &&
+                is_aligned<Input, N>(shape, call.new_residual, call.new_residual_strides);
+    }
+    if (aligned) {
       return forward_with_access<Input, Scale, N, ForwardWidths>(args, device, stream);
     }
-    return forward_with_access<Input, Scale, 1, ForwardElementWidths>(args, device, stream);
-  } else {
-    return forward_with_access<Input, Scale, 1, Widths<>>(args, device, stream);
   }
+  return forward_with_access<Input, Scale, 1, ElementWidths<Input, kAdds, ForwardElementWidths>>(
+      args, device, stream);
 }
 
 }  // namespace coreai_torch

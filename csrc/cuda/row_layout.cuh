@@ -37,7 +37,7 @@ __device__ __forceinline__ QuotientRemainder divide(int64_t n, const Divisor& d,
   return {quotient, n - quotient * d.value};
 }
 
-// The rows of up to three operands of the same sizes, and which row of the scale belongs to each.
+// The rows of up to four operands of the same sizes, and which row of the scale belongs to each.
 template <int operands>
 struct RowLayout {
   int64_t rows;

@@ -10,25 +10,14 @@
 namespace coreai_torch {
 namespace {
 
-// As Python prints it.
-std::string name_of(at::ScalarType type) {
-  return "torch." + std::string(c10::getDtypeNames(type).first);
-}
-
 bool is_floating(at::ScalarType type) {
   return type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
 }
 
-void check_floating(const char* name, const at::Tensor& tensor) {
+void check_floating(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      is_floating(tensor.scalar_type()), "rms_norm: expected ", name,
+      is_floating(tensor.scalar_type()), op, ": expected ", name,
       " of dtype float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
-}
-
-void check_dense(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK(
-      tensor.layout() == at::kStrided, "rms_norm: expected ", name,
-      " to be a dense tensor, got layout ", tensor.layout(), "; convert it with .to_dense()");
 }
 
 DType to_dtype(at::ScalarType type) {
@@ -51,48 +40,61 @@ at::ScalarType statistics_type(const at::Tensor& input) {
 
 }  // namespace
 
-void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps) {
-  check_dense("input", input);
-  check_dense("scale", scale);
-  check_floating("input", input);
-  check_floating("scale", scale);
+std::string name_of(at::ScalarType type) {
+  return "torch." + std::string(c10::getDtypeNames(type).first);
+}
+
+void check_dense(const char* op, const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(
-      input.dim() >= 1, "rms_norm: expected input with at least one dimension, got shape ",
+      tensor.layout() == at::kStrided, op, ": expected ", name,
+      " to be a dense tensor, got layout ", tensor.layout(), "; convert it with .to_dense()");
+}
+
+void check_device(
+    const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
+  TORCH_CHECK(
+      tensor.device() == input.device(), op, ": expected ", name, " on the device of input, ",
+      input.device(), ", got ", tensor.device(), "; move one of them with .to()");
+}
+
+void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps, const char* op) {
+  check_dense(op, "input", input);
+  check_dense(op, "scale", scale);
+  check_floating(op, "input", input);
+  check_floating(op, "scale", scale);
+  TORCH_CHECK(
+      input.dim() >= 1, op, ": expected input with at least one dimension, got shape ",
       input.sizes());
   TORCH_CHECK(
-      scale.dim() >= 1 && scale.size(-1) == input.size(-1),
-      "rms_norm: expected scale with last dimension ", input.size(-1),
+      scale.dim() >= 1 && scale.size(-1) == input.size(-1), op,
+      ": expected scale with last dimension ", input.size(-1),
       " (the last dimension of input), got shape ", scale.sizes());
   bool broadcasts = scale.dim() <= input.dim();
   for (int64_t d = 1; broadcasts && d <= scale.dim(); ++d) {
     broadcasts = scale.size(-d) == 1 || scale.size(-d) == input.size(-d);
   }
   TORCH_CHECK(
-      broadcasts, "rms_norm: expected scale that broadcasts to the shape of input, ", input.sizes(),
+      broadcasts, op, ": expected scale that broadcasts to the shape of input, ", input.sizes(),
       ", got shape ", scale.sizes());
-  TORCH_CHECK(
-      scale.device() == input.device(), "rms_norm: expected scale on the device of input, ",
-      input.device(), ", got ", scale.device(), "; move one of them with .to()");
-  TORCH_CHECK_VALUE(eps >= 0, "rms_norm: expected eps >= 0, got ", eps);
+  check_device(op, "scale", scale, input);
+  TORCH_CHECK_VALUE(eps >= 0, op, ": expected eps >= 0, got ", eps);
 }
 
 void check_rms_norm_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps) {
-  check_rms_norm(input, scale, eps);
-  check_dense("grad_output", grad_output);
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    const char* op) {
+  check_rms_norm(input, scale, eps, op);
+  check_dense(op, "grad_output", grad_output);
   TORCH_CHECK(
-      grad_output.sizes() == input.sizes(),
-      "rms_norm: expected grad_output with the shape of the output, ", input.sizes(),
-      ", got shape ", grad_output.sizes());
+      grad_output.sizes() == input.sizes(), op,
+      ": expected grad_output with the shape of the output, ", input.sizes(), ", got shape ",
+      grad_output.sizes());
   const at::ScalarType output_type = rms_norm_output_type(input.scalar_type(), scale.scalar_type());
   TORCH_CHECK(
-      grad_output.scalar_type() == output_type,
-      "rms_norm: expected grad_output of the output's dtype, ", name_of(output_type), ", got ",
+      grad_output.scalar_type() == output_type, op,
+      ": expected grad_output of the output's dtype, ", name_of(output_type), ", got ",
       name_of(grad_output.scalar_type()));
-  TORCH_CHECK(
-      grad_output.device() == input.device(),
-      "rms_norm: expected grad_output on the device of input, ", input.device(), ", got ",
-      grad_output.device(), "; move one of them with .to()");
+  check_device(op, "grad_output", grad_output, input);
 }
 
 at::ScalarType rms_norm_output_type(at::ScalarType input, at::ScalarType scale) {
@@ -114,6 +116,12 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask) {
   check_rms_norm_backward(grad_output, input, scale, eps);
+  return composite_backward(grad_output, {}, input, scale, eps, output_mask);
+}
+
+std::tuple<at::Tensor, at::Tensor> composite_backward(
+    const at::Tensor& grad_output, const at::Tensor& grad_new_residual, const at::Tensor& input,
+    const at::Tensor& scale, double eps, std::array<bool, 2> output_mask) {
   const at::ScalarType type = c10::promoteTypes(statistics_type(input), scale.scalar_type());
   const at::Tensor x = input.to(type);
   const at::Tensor rstd = x.square().mean(-1, /*keepdim=*/true).add(eps).rsqrt();
@@ -124,16 +132,20 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
   if (output_mask[0]) {
     const at::Tensor scaled = grad * scale.to(type);
     const at::Tensor mean_dot = (scaled * normalized).mean(-1, /*keepdim=*/true);
-    grad_input = ((scaled - normalized * mean_dot) * rstd).to(input.scalar_type());
-    // The strides that the kernels give.
-    const at::Tensor layout = at::empty_like(input);
-    if (grad_input.strides() != layout.strides()) grad_input = layout.copy_(grad_input);
+    grad_input = (scaled - normalized * mean_dot) * rstd;
+    if (grad_new_residual.defined()) grad_input = grad_input + grad_new_residual.to(type);
+    grad_input = with_layout_of(input, grad_input.to(input.scalar_type()));
   }
   if (output_mask[1]) {
     grad_scale = (grad * normalized).sum_to_size(scale.sizes()).to(scale.scalar_type());
     grad_scale = grad_scale.contiguous();
   }
   return {grad_input, grad_scale};
+}
+
+at::Tensor with_layout_of(const at::Tensor& input, const at::Tensor& result) {
+  at::Tensor layout = at::empty_like(input);
+  return result.strides() == layout.strides() ? result : layout.copy_(result);
 }
 
 // With r = rstd, n = x r, s = g w, and mean(a, b) the mean of a b over a row:
@@ -171,10 +183,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_rms_norm_double_backwar
   return {grad_g, grad_x, grad_w};
 }
 
-namespace {
-
-// Fills all of a shape but its row layout. Returns false where the kernels do not take the scale:
-// they take those where row r uses scale row (r / inner) % groups.
 bool describe_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape) {
   // A float64 scale beside a lower input takes its statistics in float32 and its products in
@@ -209,13 +217,6 @@ bool describe_rms_norm(
   return true;
 }
 
-// Fills the row layout of `shape` and the row strides of each operand, all of the same sizes, with
-// as few row dimensions as the strides allow.
-struct RowOperand {
-  at::IntArrayRef strides;
-  int64_t* row_strides;
-};
-
 void describe_rows(
     at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape) {
   int ndim = 0;
@@ -246,8 +247,6 @@ bool has_adjacent_rows(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1;
 }
 
-// `tensor` itself where the elements of a row are adjacent in memory, else a copy in which they are
-// and in which expanded dimensions stay expanded.
 at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
   if (has_adjacent_rows(tensor)) return tensor;
   at::Tensor base = tensor;
@@ -256,8 +255,6 @@ at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
   }
   return base.contiguous().expand(tensor.sizes());
 }
-
-}  // namespace
 
 at::Tensor fused_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormDevice& device) {

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <array>
+#include <initializer_list>
+#include <string>
 #include <tuple>
 
 #include <ATen/core/Tensor.h>
@@ -11,10 +13,18 @@
 
 namespace coreai_torch {
 
-// Raise what the error contract says; coreai_torch/reference/rms_norm.py has the same in Python.
-void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps);
+std::string name_of(at::ScalarType type);  // as Python prints it
+
+// Raise what the error contract says, in the name of `op`; coreai_torch/reference/rms_norm.py has
+// the same in Python.
+void check_dense(const char* op, const char* name, const at::Tensor& tensor);
+void check_device(
+    const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input);
+void check_rms_norm(
+    const at::Tensor& input, const at::Tensor& scale, double eps, const char* op = "rms_norm");
 void check_rms_norm_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps);
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    const char* op = "rms_norm");
 
 // The dtype that the output has.
 at::ScalarType rms_norm_output_type(at::ScalarType input, at::ScalarType scale);
@@ -27,12 +37,45 @@ std::tuple<at::Tensor, at::Tensor> composite_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask);
 
+// The same without the checks. grad_new_residual may be undefined; otherwise it is added to
+// grad_input before that is rounded.
+std::tuple<at::Tensor, at::Tensor> composite_backward(
+    const at::Tensor& grad_output, const at::Tensor& grad_new_residual, const at::Tensor& input,
+    const at::Tensor& scale, double eps, std::array<bool, 2> output_mask);
+
+// `result`, or a copy of it, with the strides that the kernels give: those of empty_like(input).
+at::Tensor with_layout_of(const at::Tensor& input, const at::Tensor& result);
+
 // The gradient of that gradient: of <grad_grad_input, grad_input> + <grad_grad_scale, grad_scale>
 // with respect to grad_output, input and scale, in differentiable ATen operations. Either of
 // grad_grad_input and grad_grad_scale may be undefined, which stands for zero.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_rms_norm_double_backward(
     const at::Tensor& grad_grad_input, const at::Tensor& grad_grad_scale,
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps);
+
+// ---- the description of a call -----------------------------------------------------------------
+
+// Fills all of a shape but its row layout. Returns false where the kernels do not take the scale:
+// they take those where row r uses scale row (r / inner) % groups.
+bool describe_rms_norm(
+    const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape);
+
+// Fills the row layout of `shape` and the row strides of each operand, all of the same sizes, with
+// as few row dimensions as the strides allow.
+struct RowOperand {
+  at::IntArrayRef strides;
+  int64_t* row_strides;
+};
+void describe_rows(
+    at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape);
+
+// Are the elements of a row adjacent in memory?
+bool has_adjacent_rows(const at::Tensor& tensor);
+// `tensor` itself where they are, else a copy in which they are and in which expanded dimensions
+// stay expanded.
+at::Tensor with_adjacent_rows(const at::Tensor& tensor);
+
+// ---- the call ----------------------------------------------------------------------------------
 
 // The kernels of a device.
 struct RmsNormDevice {
@@ -48,5 +91,10 @@ at::Tensor fused_rms_norm(
 std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask, const RmsNormDevice& device);
+
+// The op coreai_torch::fused_rms_norm_backward, through the dispatcher.
+std::tuple<at::Tensor, at::Tensor> call_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    std::array<bool, 2> output_mask);
 
 }  // namespace coreai_torch

@@ -1,15 +1,24 @@
 // Autograd of rms_norm. Saved for backward: input and scale, nothing else; backward takes the
 // statistics anew in the sweep that it makes anyway. Backward is an op with a formula of its own,
 // so that the gradient can be differentiated in turn.
-#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "torch/autograd.h"
 #include "torch/rms_norm.h"
 
 namespace coreai_torch {
+
+std::tuple<at::Tensor, at::Tensor> call_rms_norm_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
+    std::array<bool, 2> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("coreai_torch::fused_rms_norm_backward", "")
+                             .typed<decltype(call_rms_norm_backward)>();
+  return op.call(grad_output, input, scale, eps, output_mask);
+}
+
 namespace {
 
 at::Tensor call_forward(const at::Tensor& input, const at::Tensor& scale, double eps) {
@@ -19,62 +28,8 @@ at::Tensor call_forward(const at::Tensor& input, const at::Tensor& scale, double
   return op.call(input, scale, eps);
 }
 
-std::tuple<at::Tensor, at::Tensor> call_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
-    std::array<bool, 2> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("coreai_torch::fused_rms_norm_backward", "")
-                             .typed<decltype(call_backward)>();
-  return op.call(grad_output, input, scale, eps, output_mask);
-}
-
-template <typename... Tensors>
-bool require_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
-}
-
-template <typename... Tensors>
-bool have_tangent(const Tensors&... tensors) {
-  return (tensors._fw_grad(/*level=*/0).defined() || ...);
-}
-
-// Function::apply refuses to run under torch.func's transforms, because it cannot know what a
-// forward does. Ours do one thing, they call the op on the layer below, and that is right under the
-// transforms: it is what the formulas of PyTorch's own ops do. So the transforms are out of sight
-// while apply is at work, and back while a forward is. So is the recording of gradients, which
-// apply switches off: a transform further out has its own to record.
-class HiddenTransforms {
- public:
-  HiddenTransforms() { swap(); }
-  ~HiddenTransforms() { swap(); }
-  HiddenTransforms(const HiddenTransforms&) = delete;
-  HiddenTransforms& operator=(const HiddenTransforms&) = delete;
-
-  class Shown {
-   public:
-    explicit Shown(HiddenTransforms* hidden) : hidden_(hidden), grad_mode_(true) {
-      hidden_->swap();
-    }
-    ~Shown() { hidden_->swap(); }
-    Shown(const Shown&) = delete;
-    Shown& operator=(const Shown&) = delete;
-
-   private:
-    HiddenTransforms* hidden_;
-    at::AutoGradMode grad_mode_;
-  };
-
- private:
-  void swap() { std::swap(transforms_, at::functorch::functorchTLSAccessor()); }
-
-  std::unique_ptr<at::functorch::FuncTorchTLSBase> transforms_;
-};
-
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// A gradient that was not asked for has no place in what backward returns.
-at::Tensor if_wanted(bool wanted, const at::Tensor& grad) { return wanted ? grad : at::Tensor(); }
 
 class RmsNormBackwardFunction : public torch::autograd::Function<RmsNormBackwardFunction> {
  public:
@@ -89,7 +44,8 @@ class RmsNormBackwardFunction : public torch::autograd::Function<RmsNormBackward
     ctx->saved_data["eps"] = eps;
     const HiddenTransforms::Shown shown(hidden);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_input, grad_scale] = call_backward(grad_output, input, scale, eps, output_mask);
+    auto [grad_input, grad_scale] =
+        call_rms_norm_backward(grad_output, input, scale, eps, output_mask);
     return {grad_input, grad_scale};
   }
 
@@ -128,8 +84,8 @@ class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
     const std::array<bool, 2> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     if (!grads[0].defined() || !(wanted[0] || wanted[1])) return {{}, {}, {}, {}};
     const auto saved = ctx->get_saved_variables();
-    auto [grad_input, grad_scale] =
-        call_backward(grads[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble(), wanted);
+    auto [grad_input, grad_scale] = call_rms_norm_backward(
+        grads[0], saved[0], saved[1], ctx->saved_data["eps"].toDouble(), wanted);
     return {if_wanted(wanted[0], grad_input), if_wanted(wanted[1], grad_scale), {}, {}};
   }
 };
@@ -154,7 +110,7 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward_autograd(
   }
   if (!require_grad(grad_output, input, scale)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_backward(grad_output, input, scale, eps, output_mask);
+    return call_rms_norm_backward(grad_output, input, scale, eps, output_mask);
   }
   HiddenTransforms hidden;
   const variable_list grads =

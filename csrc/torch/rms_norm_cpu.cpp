@@ -1,17 +1,11 @@
 // rms_norm on the CPU.
-#include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
 
+#include "torch/parallel.h"
 #include "torch/rms_norm.h"
 
 namespace coreai_torch {
 namespace {
-
-// In libtorch's own thread pool, through its C interface: at::parallel_for is a header-only
-// template that turns serial without a word where this file is not compiled with OpenMP.
-void torch_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {
-  TORCH_CHECK(torch_parallel_for(begin, end, grain, body, context) == 0, "rms_norm: failed");
-}
 
 constexpr RmsNormDevice kCpu = {
     kMaxDims,

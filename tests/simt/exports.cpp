@@ -1,5 +1,5 @@
 // What tests/simt_device.py calls.
-#include "coreai_torch/rms_norm_cuda.h"
+#include "coreai_torch/add_rms_norm_cuda.h"
 #include "platform/device.cuh"
 
 using namespace coreai_torch;
@@ -14,6 +14,16 @@ int64_t simt_rms_norm_backward_workspace(const RmsNormBackward* args) {
 }
 int simt_rms_norm_backward(const RmsNormBackward* args) {
   return rms_norm_backward_cuda(*args, 0, nullptr);
+}
+
+int simt_add_rms_norm_forward(const AddRmsNormForward* args) {
+  return add_rms_norm_forward_cuda(*args, 0, nullptr);
+}
+int64_t simt_add_rms_norm_backward_workspace(const AddRmsNormBackward* args) {
+  return add_rms_norm_backward_workspace_cuda(*args, 0);
+}
+int simt_add_rms_norm_backward(const AddRmsNormBackward* args) {
+  return add_rms_norm_backward_cuda(*args, 0, nullptr);
 }
 
 void simt_set_card(int multiprocessors, int clusters) { card = {multiprocessors, clusters != 0}; }

@@ -94,6 +94,12 @@ __device__ __forceinline__ Unit load_cached(const Unit* p) {
   return __ldg(p);
 }
 
+// Reads of what this thread has written in this launch, which those above might not see.
+template <class Unit>
+__device__ __forceinline__ Unit load_stored(const Unit* p) {
+  return *p;
+}
+
 __device__ __forceinline__ void store_streaming(Word16* p, const Word16& v) {
   asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]),
                "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])

@@ -75,6 +75,11 @@ SIMT_UNCHECKED __attribute__((noinline)) Unit load_cached(const Unit* p) {
   return *p;
 }
 template <class Unit>
+SIMT_UNCHECKED __attribute__((noinline)) Unit load_stored(const Unit* p) {
+  ::simt::on_access(p, sizeof(Unit), false, __builtin_return_address(0));
+  return *p;
+}
+template <class Unit>
 SIMT_UNCHECKED __attribute__((noinline)) void store_streaming(Unit* p, Unit v) {
   ::simt::on_access(p, sizeof(Unit), true, __builtin_return_address(0));
   *p = v;

@@ -1,0 +1,55 @@
+// Picks the kernel for the dtypes and the SIMD level, and spreads its work over threads.
+#include "coreai_torch/add_rms_norm.h"
+
+#include "cpu/add_rms_norm_kernels.h"
+#include "cpu/levels.h"
+#include "cpu/rms_norm_plan.h"
+#include "cpu/run.h"
+#include "cpu/streaming.h"
+
+namespace coreai_torch {
+
+#define COREAI_TORCH_DECLARE(id, name) extern const AddRmsNormKernels add_rms_norm_kernels_##id;
+COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_DECLARE)
+extern const AddRmsNormKernels add_rms_norm_kernels_float64;
+
+namespace {
+
+#define COREAI_TORCH_ADDRESS(id, name) &add_rms_norm_kernels_##id,
+constexpr const AddRmsNormKernels* kTables[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
+
+const AddRmsNormKernels& kernels_for(DType input) {
+  return input == DType::kFloat64 ? add_rms_norm_kernels_float64 : *kTables[cpu_level()];
+}
+
+}  // namespace
+
+void add_rms_norm_forward_cpu(const AddRmsNormForward& args, ParallelFor parallel_for) {
+  const RmsNormShape& shape = args.shape;
+  if (shape.rows == 0 || shape.dim == 0) return;
+  const int64_t row_bytes = shape.dim * kSizes[int(shape.input_dtype)];  // the output's, too
+  const bool stream = is_contiguous(
+                          shape, {args.input_strides, args.residual_strides, args.output_strides,
+                                  args.new_residual_strides}) &&
+                      worth_streaming(args.output, shape.rows, row_bytes) &&
+                      worth_streaming(args.new_residual, shape.rows, row_bytes);
+  run(kernels_for(shape.input_dtype).forward[int(shape.input_dtype)][int(shape.scale_dtype)], args,
+      stream, shape.rows, shape.dim, parallel_for);
+}
+
+void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor parallel_for) {
+  const RmsNormShape& shape = args.shape;
+  if (shape.rows > 0 && shape.dim > 0) {
+    const BackwardPlan plan = backward_plan(shape);
+    const bool stream =
+        is_contiguous(
+            shape, {args.grad_output_strides, args.grad_new_residual_strides, args.input_strides,
+                    args.grad_input_strides}) &&
+        worth_streaming(args.grad_input, shape.rows, shape.dim * kSizes[int(shape.input_dtype)]);
+    run(kernels_for(shape.input_dtype).backward[int(shape.input_dtype)][int(shape.scale_dtype)],
+        args, stream, plan.tasks, plan.chunk_rows * shape.dim, parallel_for);
+  }
+  sum_grad_scale_cpu(args, parallel_for);
+}
+
+}  // namespace coreai_torch

@@ -1,0 +1,4 @@
+// The residual add and RMSNorm of float64 input.
+#include "rms_norm_dtype_impl.cuh"
+
+template struct coreai_torch::RmsNormCuda<double, true>;
