@@ -4,6 +4,10 @@
 # Products and sums are rounded one by one (no contraction to fused multiply-add), so that results
 # have the same bits at every level.
 set(COREAI_TORCH_KERNEL_FLAGS -ffp-contract=off -fno-math-errno)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # Vectors wider than the level's registers are passed between inline functions only.
+  list(APPEND COREAI_TORCH_KERNEL_FLAGS -Wno-psabi)
+endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(COREAI_TORCH_LEVELS x86_64 x86_64_v3 x86_64_v4 x86_64_v4_bf16)

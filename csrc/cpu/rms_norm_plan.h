@@ -16,7 +16,7 @@ struct BackwardPlan {
   int64_t tasks;  // one for each chunk of each group
 };
 
-constexpr int64_t kBlockRows = 8;
+constexpr int kBlockRows = 4;
 constexpr int64_t kMaxChunkRows = 128;        // keeps sums short, and the workspace below 1 %
 constexpr int64_t kMinChunkElements = 32768;  // worth a task of its own
 constexpr int64_t kChunksForThreads = 64;     // enough for every thread to get some

@@ -10,11 +10,6 @@
 namespace coreai_torch {
 namespace {
 
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
-
 template <bool kCondition, class A, class B>
 struct Conditional {
   using type = A;
@@ -33,6 +28,12 @@ struct DTypeRule {
   static constexpr bool kOutputIsInput =
       !kNarrowInput || kSame<Scale, float> || kSame<Scale, Input>;
   using Output = typename Conditional<kOutputIsInput, Input, float>::type;
+};
+
+// A number of rows, as a type: sizeof gives it back.
+template <int kRows>
+struct Rows {
+  char rows[kRows];
 };
 
 // Walks through rows and keeps the offset, in elements, of the current row in each of N operands.
@@ -98,14 +99,21 @@ inline RowCursor<4> cursor_of(const AddRmsNormBackward& args) {
        args.grad_new_residual_strides}};
 }
 
-inline Real rstd_of(Real sum_of_squares, const RmsNormShape& shape) {
-  const Real mean = sum_of_squares / Real(shape.dim) + Real(shape.eps);
-  if constexpr (sizeof(Real) == sizeof(float)) {
-    return 1 / __builtin_sqrtf(mean);
-  } else {
-    return 1 / __builtin_sqrt(mean);
+inline Quad rstd_of(Quad sums_of_squares, const RmsNormShape& shape) {
+  Quad root = sums_of_squares / Real(shape.dim) + Real(shape.eps);
+  for (int r = 0; r < kQuad; ++r) {
+    if constexpr (sizeof(Real) == sizeof(float)) {
+      root[r] = __builtin_sqrtf(root[r]);
+    } else {
+      root[r] = __builtin_sqrt(root[r]);
+    }
   }
+  return 1 / root;
 }
+
+// Rows are taken in blocks of so many, which are summed and written together where they share a
+// scale row.
+static_assert(kBlockRows == kQuad, "the statistics of a block are one Quad");
 
 // Asks for the cache lines of a Pair of elements.
 template <class T>
@@ -120,7 +128,7 @@ inline void prefetch(const T* p) {
 // there, so where rows are streamed it is taken a second time, and written then.
 template <class Input>
 struct InputRows {
-  const Input* input[kForwardRows];
+  const Input* input[kBlockRows];
 
   template <class Part>
   Pair first(Part part, int r, int64_t i) const {
@@ -135,9 +143,9 @@ struct InputRows {
 
 template <bool kStream, class Input>
 struct SummedRows {
-  const Input* input[kForwardRows];
-  const Input* residual[kForwardRows];
-  Input* new_residual[kForwardRows];
+  const Input* input[kBlockRows];
+  const Input* residual[kBlockRows];
+  Input* new_residual[kBlockRows];
 
   template <class Part>
   Pair sum(Part part, int r, int64_t i) const {
@@ -168,35 +176,55 @@ struct SummedRows {
   }
 };
 
-// Normalises kRows rows that share a scale row.
+// 1/rms of rows [first, first + kRows), in the first kRows places.
+template <int kRows, class Rows>
+inline Quad forward_rstd(const RmsNormShape& shape, const Rows& rows, int first) {
+  constexpr int kGroup = kRows < kForwardRows ? kRows : kForwardRows;
+  Vector lanes[kQuad];
+  Real left[kQuad][kVectorLanes];
+#pragma GCC unroll 4
+  for (int begin = 0; begin < kRows; begin += kGroup) {
+    row_sums<InOrder, kGroup>(
+        shape.dim,
+        [&](auto part, int64_t i, Pair* terms) {
+          for (int r = 0; r < kGroup; ++r) {
+            const Pair x = rows.first(part, first + begin + r, i);
+            terms[r] = x * x;
+          }
+        },
+        lanes + begin, left + begin);
+  }
+  for (int r = kRows; r < kQuad; ++r) {
+    lanes[r] = lanes[0];
+    for (int i = 0; i < kVectorLanes; ++i) left[r][i] = left[0][i];
+  }
+  return rstd_of(InOrder::finish(lanes, left, shape.dim), shape);
+}
+
+// Writes rows [first, first + kRows), and asks for those that are `ahead` rows further.
 template <int kRows, bool kStream, class Input, class Scale, class Rows, class Output>
 inline void forward_rows(
-    const RmsNormShape& shape, const Rows& rows, const Scale* scale, Output* const* output) {
-  const int64_t dim = shape.dim;
-  Real sums[kRows];
-  row_sums<kRows>(
-      dim,
-      [&](auto part, int64_t i, Pair* terms) {
-        for (int r = 0; r < kRows; ++r) {
-          const Pair x = rows.first(part, r, i);
-          terms[r] = x * x;
-        }
-      },
-      sums);
-  Pair rstd[kRows];
-  for (int r = 0; r < kRows; ++r) rstd[r] = splat(rstd_of(sums[r], shape));
+    int64_t dim, const Rows& rows, int first, const Scale* scale, Quad rstds, Output* const* output,
+    int ahead) {
+  constexpr int kGroup = kRows < kForwardRows ? kRows : kForwardRows;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
-  for_each_pair<Part>(0, dim, [&](auto part, int64_t i) {
-    const Pair w = part.load_from(scale + i);
-    for (int r = 0; r < kRows; ++r) {
-      if constexpr (kStream) rows.prefetch_at(r, kRows * dim + i);  // the next rows
-      Pair normalized = rows.again(part, r, i) * rstd[r];
-      if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
-        normalized = round_to<Input>(normalized);
+#pragma GCC unroll 4
+  for (int begin = 0; begin < kRows; begin += kGroup) {
+    Pair rstd[kGroup];
+    for (int r = 0; r < kGroup; ++r) rstd[r] = splat(rstds[begin + r]);
+    for_each_pair<Part>(0, dim, [&](auto part, int64_t i) {
+      const Pair w = part.load_from(scale + i);
+      for (int r = 0; r < kGroup; ++r) {
+        const int row = first + begin + r;
+        if constexpr (kStream) rows.prefetch_at(row, ahead * dim + i);
+        Pair normalized = rows.again(part, row, i) * rstd[r];
+        if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
+          normalized = round_to<Input>(normalized);
+        }
+        part.store_to(output[row] + i, normalized * w);
       }
-      part.store_to(output[r] + i, normalized * w);
-    }
-  });
+    });
+  }
 }
 
 template <bool kStream, class Input, class Scale, class Args>
@@ -204,33 +232,89 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
+  const int64_t dim = shape.dim;
   auto cursor = cursor_of(args);
   cursor.seek(begin);
-  typename Conditional<kAdds, SummedRows<kStream, Input>, InputRows<Input>>::type rows;
-  Output* output[kForwardRows];
-  const auto take_rows = [&](int count) {
+
+  struct Block {
+    int count;
+    const Scale* scale;
+    typename Conditional<kAdds, SummedRows<kStream, Input>, InputRows<Input>>::type rows;
+    Output* output[kBlockRows];
+    Quad rstd;
+  };
+  const auto take_rows = [&](Block& block, int count) {
     for (int r = 0; r < count; ++r, cursor.next()) {
-      rows.input[r] = (const Input*)args.input + cursor.offset(0);
-      output[r] = (Output*)args.output + cursor.offset(1);
+      block.rows.input[r] = (const Input*)args.input + cursor.offset(0);
+      block.output[r] = (Output*)args.output + cursor.offset(1);
       if constexpr (kAdds) {
-        rows.residual[r] = (const Input*)args.residual + cursor.offset(2);
-        rows.new_residual[r] = (Input*)args.new_residual + cursor.offset(3);
+        block.rows.residual[r] = (const Input*)args.residual + cursor.offset(2);
+        block.rows.new_residual[r] = (Input*)args.new_residual + cursor.offset(3);
       }
     }
   };
-  int64_t row = begin;
-  while (row < end) {
-    const int64_t run =
-        row / shape.inner;  // rows [run * inner, (run + 1) * inner) share a scale row
-    const Scale* scale = (const Scale*)args.scale + run % shape.groups * shape.dim;
-    const int64_t run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
-    for (; row + kForwardRows <= run_end; row += kForwardRows) {
-      take_rows(kForwardRows);
-      forward_rows<kForwardRows, kStream, Input>(shape, rows, scale, output);
+  // Rows [run * inner, (run + 1) * inner) share a scale row.
+  int64_t run_end = begin;
+  const Scale* scale = nullptr;
+  const auto start_run = [&](int64_t row) {
+    const int64_t run = row / shape.inner;
+    scale = (const Scale*)args.scale + run % shape.groups * dim;
+    run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
+  };
+
+  if constexpr (sizeof(Input) == 2) {
+    // Conversions keep the processor busy, and would wait for a block's 1/rms, which take long one
+    // after the other. So the next block is summed before one is written.
+    int64_t row = begin;
+    const auto take_block = [&](Block& block) {
+      if (row == run_end) start_run(row);
+      block.scale = scale;
+      block.count = int(run_end - row < kBlockRows ? run_end - row : kBlockRows);
+      row += block.count;
+      take_rows(block, block.count);
+      if (block.count == kBlockRows) {
+        block.rstd = forward_rstd<kBlockRows>(shape, block.rows, 0);
+      } else {
+        for (int r = 0; r < block.count; ++r) {
+          block.rstd[r] = forward_rstd<1>(shape, block.rows, r)[0];
+        }
+      }
+    };
+    Block next;
+    next.count = 0;
+    if (row < end) take_block(next);
+    while (next.count > 0) {
+      const Block block = next;
+      if (row < end) {
+        take_block(next);
+      } else {
+        next.count = 0;
+      }
+      if (block.count == kBlockRows) {
+        forward_rows<kBlockRows, kStream, Input>(
+            dim, block.rows, 0, block.scale, block.rstd, block.output, 2 * kBlockRows);
+      } else {
+        for (int r = 0; r < block.count; ++r) {
+          forward_rows<1, kStream, Input>(
+              dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 1);
+        }
+      }
     }
-    for (; row < run_end; ++row) {
-      take_rows(1);
-      forward_rows<1, kStream, Input>(shape, rows, scale, output);
+  } else {
+    Block block;
+    for (int64_t row = begin; row < end;) {
+      start_run(row);
+      for (; row + kBlockRows <= run_end; row += kBlockRows) {
+        take_rows(block, kBlockRows);
+        const Quad rstd = forward_rstd<kBlockRows>(shape, block.rows, 0);
+        forward_rows<kBlockRows, kStream, Input>(
+            dim, block.rows, 0, scale, rstd, block.output, kBlockRows);
+      }
+      for (; row < run_end; ++row) {
+        take_rows(block, 1);
+        const Quad rstd = forward_rstd<1>(shape, block.rows, 0);
+        forward_rows<1, kStream, Input>(dim, block.rows, 0, scale, rstd, block.output, 1);
+      }
     }
   }
 }
@@ -251,82 +335,115 @@ struct BackwardBlock {
   const Output* grad_output[kBlockRows];
   const Input* input[kBlockRows];
   Input* grad_input[kBlockRows];
-  Real rstd[kBlockRows];
-  Real mean_dot[kBlockRows];                   // mean(grad_output * scale * normalized)
   const Input* grad_new_residual[kBlockRows];  // of the residual add
+  Quad rstd;
+  Quad mean_dot;  // mean(grad_output * scale * normalized)
 };
 
-// Fills rstd and mean_dot of kRows rows from `first` on.
-template <int kRows, bool kGradInput, class Input, class Scale, class Output>
-inline void backward_sums(
-    const RmsNormShape& shape, const Scale* scale, int first, BackwardBlock<Input, Output>& block) {
-  constexpr int kSums = kGradInput ? 2 * kRows : kRows;
-  Real sums[kSums];
-  row_sums<kSums>(
-      shape.dim,
-      [&](auto part, int64_t i, Pair* terms) {
-        Pair w;
-        if constexpr (kGradInput) w = part.load_from(scale + i);
-        for (int r = 0; r < kRows; ++r) {
-          const Pair x = part.load_from(block.input[first + r] + i);
-          terms[r] = x * x;
-          if constexpr (kGradInput) {
-            terms[kRows + r] = part.load_from(block.grad_output[first + r] + i) * w * x;
-          }
-        }
-      },
-      sums);
-  for (int r = 0; r < kRows; ++r) {
-    block.rstd[first + r] = rstd_of(sums[r], shape);
-    if constexpr (kGradInput) {
-      block.mean_dot[first + r] = sums[kRows + r] * block.rstd[first + r] / Real(shape.dim);
+// Fills rstd and mean_dot of the first `rows` rows.
+template <bool kGradInput, class Input, class Scale, class Output>
+inline void backward_statistics(
+    const RmsNormShape& shape, const Scale* scale, int rows, BackwardBlock<Input, Output>& block) {
+  Vector squares[kQuad], products[kQuad];
+  const auto sum = [&](auto group, int first) {
+    constexpr int kRows = sizeof(group);
+    constexpr int kSums = kGradInput ? 2 * kRows : kRows;
+    const Input* input[kRows];
+    const Output* grad_output[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      input[r] = block.input[first + r];
+      grad_output[r] = block.grad_output[first + r];
     }
+    Vector lanes[kSums];
+    row_sums<ByHalves, kSums>(
+        shape.dim,
+        [&](auto part, int64_t i, Pair* terms) {
+          Pair w;
+          if constexpr (kGradInput) w = part.load_from(scale + i);
+          for (int r = 0; r < kRows; ++r) {
+            const Pair x = part.load_from(input[r] + i);
+            terms[r] = x * x;
+            if constexpr (kGradInput) {
+              terms[kRows + r] = part.load_from(grad_output[r] + i) * w * x;
+            }
+          }
+        },
+        lanes, nullptr);
+    for (int r = 0; r < kRows; ++r) {
+      squares[first + r] = lanes[r];
+      if constexpr (kGradInput) products[first + r] = lanes[kRows + r];
+    }
+  };
+  if (rows == kBlockRows) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kBlockRows; r += kBackwardSumRows) sum(Rows<kBackwardSumRows>(), r);
+  } else {
+    for (int r = 0; r < rows; ++r) sum(Rows<1>(), r);
+    for (int r = rows; r < kQuad; ++r) {
+      squares[r] = squares[0];
+      products[r] = products[0];
+    }
+  }
+  block.rstd = rstd_of(ByHalves::finish(squares), shape);
+  if constexpr (kGradInput) {
+    block.mean_dot = ByHalves::finish(products) * block.rstd / Real(shape.dim);
   }
 }
 
-// kRows is kBlockRows, or 0 for `rows` rows. With kAdds, grad_new_residual is added to grad_input.
+// Writes the gradients of a block. kRows is kBlockRows, or 0 for `rows` rows. With kAdds,
+// grad_new_residual is added to grad_input.
 template <
     int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale,
     class Output>
-inline void backward_block(
-    const RmsNormShape& shape, const Scale* scale, int rows, BackwardBlock<Input, Output>& block,
+inline void backward_rows(
+    int64_t dim, const Scale* scale, int rows, const BackwardBlock<Input, Output>& block,
     Real* grad_scale, bool first_of_chunk) {
   if constexpr (kRows != 0) rows = kRows;
-  int summed = 0;
-  for (; summed + kBackwardSumRows <= rows; summed += kBackwardSumRows) {
-    backward_sums<kBackwardSumRows, kGradInput>(shape, scale, summed, block);
+  const Input* input[kBlockRows];
+  const Output* grad_output[kBlockRows];
+  Pair rstd[kBlockRows], mean_dot[kBlockRows];
+  for (int r = 0; r < rows; ++r) {
+    input[r] = block.input[r];
+    grad_output[r] = block.grad_output[r];
+    rstd[r] = splat(block.rstd[r]);
+    if constexpr (kGradInput) mean_dot[r] = splat(block.mean_dot[r]);
   }
-  for (; summed < rows; ++summed) backward_sums<1, kGradInput>(shape, scale, summed, block);
-
-  for_each_pair(0, shape.dim, [&](auto part, int64_t i) {
-    Pair w, sum;
+  for_each_pair(0, dim, [&](auto part, int64_t i) {
+    Pair w, sum, grad_input[kBlockRows];
     if constexpr (kGradInput) w = part.load_from(scale + i);
     for (int r = 0; r < rows; ++r) {
-      const Pair rstd = splat(block.rstd[r]);
-      const Pair normalized = part.load_from(block.input[r] + i) * rstd;
-      const Pair grad = part.load_from(block.grad_output[r] + i);
+      const Pair normalized = part.load_from(input[r] + i) * rstd[r];
+      const Pair grad = part.load_from(grad_output[r] + i);
       if constexpr (kGradInput) {
-        Pair grad_input = (grad * w - normalized * splat(block.mean_dot[r])) * rstd;
+        grad_input[r] = (grad * w - normalized * mean_dot[r]) * rstd[r];
         if constexpr (kAdds) {
-          grad_input = grad_input + part.load_from(block.grad_new_residual[r] + i);
-        }
-        if constexpr (kStream && kSame<decltype(part), Whole>) {
-          if constexpr (kAdds) prefetch(block.grad_new_residual[r] + kBlockRows * shape.dim + i);
-          prefetch(block.input[r] + kBlockRows * shape.dim + i);  // the next block
-          prefetch(block.grad_output[r] + kBlockRows * shape.dim + i);
-          stream(block.grad_input[r] + i, grad_input);
-        } else {
-          part.store_to(block.grad_input[r] + i, grad_input);
+          grad_input[r] = grad_input[r] + part.load_from(block.grad_new_residual[r] + i);
         }
       }
       if constexpr (kGradScale) {
         const Pair term = grad * normalized;
         sum = r == 0 ? term : sum + term;
       }
+      if constexpr (kStream) {  // the next block
+        prefetch(input[r] + kBlockRows * dim + i);
+        prefetch(grad_output[r] + kBlockRows * dim + i);
+        if constexpr (kAdds) prefetch(block.grad_new_residual[r] + kBlockRows * dim + i);
+      }
     }
     if constexpr (kGradScale) {
       if (!first_of_chunk) sum = part.load_from(grad_scale + i) + sum;
       part.store_to(grad_scale + i, sum);
+    }
+    // Only now: rows are often a multiple of 4096 bytes apart, and a processor takes a load for
+    // dependent on an earlier store whose address has the same last 12 bits.
+    if constexpr (kGradInput) {
+      for (int r = 0; r < rows; ++r) {
+        if constexpr (kStream && kSame<decltype(part), Whole>) {
+          stream(block.grad_input[r] + i, grad_input[r]);
+        } else {
+          part.store_to(block.grad_input[r] + i, grad_input[r]);
+        }
+      }
     }
   });
 }
@@ -367,12 +484,13 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
+      backward_statistics<kGradInput>(shape, scale, rows, block);
       if (rows == kBlockRows) {
-        backward_block<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
-            shape, scale, rows, block, grad_scale, done == 0);
+        backward_rows<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
+            shape.dim, scale, rows, block, grad_scale, done == 0);
       } else {
-        backward_block<0, kAdds, kGradInput, kGradScale, kStream>(
-            shape, scale, rows, block, grad_scale, done == 0);
+        backward_rows<0, kAdds, kGradInput, kGradScale, kStream>(
+            shape.dim, scale, rows, block, grad_scale, done == 0);
       }
     }
   }

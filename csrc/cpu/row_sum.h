@@ -10,12 +10,20 @@
 //   * Whole vectors after the last step are added to accumulator 0, then accumulators 1, 2, 3.
 //   * The total is the sum, one by one, of the elements after the last whole vector and then of the
 //     lanes.
+//
+// Adding up the lanes takes as long as summing a short row, so it is done for four rows at once,
+// with the lanes of each in a column.
 #pragma once
 
 namespace coreai_torch {
 namespace {
 
-constexpr int kVectorLanes = 32 / sizeof(Real);
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+constexpr int kVectorLanes = sizeof(Vector) / sizeof(Real);
 constexpr int kAccumulators = 4;
 constexpr int kStepLanes = kAccumulators * kVectorLanes;
 constexpr int kStepPairs = kStepLanes / Pair::kLanes;
@@ -65,98 +73,189 @@ inline int cascade_power(int64_t steps) {
   return power;
 }
 
-// The end of the recipe above. `accumulators` holds the sum of all whole steps; `rest` the
-// dim % kStepLanes elements after them.
-inline Real finish_row_sum(const Real* accumulators, const Real* rest, int64_t dim) {
-  const int64_t rest_count = dim % kStepLanes;
-  if (dim < kVectorLanes) {  // the same recipe with single elements for vectors
-    Real parts[kAccumulators] = {};
-    const int64_t whole = dim / kAccumulators * kAccumulators;
-    for (int64_t i = 0; i < whole; ++i) parts[i] = rest[i];
-    Real sum = parts[0];
-    for (int64_t i = whole; i < dim; ++i) sum += rest[i];
-    for (int i = 1; i < kAccumulators; ++i) sum += parts[i];
-    return sum;
-  }
-  typedef Real Vector
-      __attribute__((vector_size(sizeof(Real) * kVectorLanes), aligned(sizeof(Real)), may_alias));
-  const auto vector_at = [](const Real* p) { return (const Vector*)p; };
-  Vector lanes = *vector_at(accumulators);
-  int64_t done = 0;
-  for (; done + kVectorLanes <= rest_count; done += kVectorLanes) lanes += *vector_at(rest + done);
-  for (int a = 1; a < kAccumulators; ++a) lanes += *vector_at(accumulators + a * kVectorLanes);
-  Real sum = 0;
-  for (int64_t i = done; i < rest_count; ++i) sum += rest[i];
-  for (int i = 0; i < kVectorLanes; ++i) sum += lanes[i];
-  return sum;
+// One number for each of four rows.
+typedef Real Quad __attribute__((vector_size(sizeof(Real) * 4)));
+constexpr int kQuad = 4;
+
+// {a[0], b[0], a[1], b[1]} and {a[2], b[2], a[3], b[3]}.
+inline Quad interleave_low(Quad a, Quad b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Quad interleave_high(Quad a, Quad b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+
+inline Vector vector_at(const Real* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
 }
 
-// Sums N quantities over a row at once. terms(part, i, out) sets out[0..N) to the terms of the
-// elements from i on.
-template <int N, class Terms>
-inline void row_sums(int64_t dim, const Terms& terms, Real* sums) {
-  Pair sum[N][kStepPairs];
-  Pair carried[kCascadeLevels - 1][N][kStepPairs];
-  for (int q = 0; q < N; ++q) {
-    for (int p = 0; p < kStepPairs; ++p) sum[q][p] = splat(0);
+inline void transpose(const Quad* rows, Quad* columns) {
+  const Quad a = interleave_low(rows[0], rows[2]), b = interleave_low(rows[1], rows[3]);
+  const Quad c = interleave_high(rows[0], rows[2]), d = interleave_high(rows[1], rows[3]);
+  columns[0] = interleave_low(a, b);
+  columns[1] = interleave_high(a, b);
+  columns[2] = interleave_low(c, d);
+  columns[3] = interleave_high(c, d);
+}
+
+// Elements 4 * part to 4 * part + 3.
+template <int part>
+inline Quad quarter(Vector v) {
+  constexpr int i = kQuad * part;
+  return __builtin_shufflevector(v, v, i, i + 1, i + 2, i + 3);
+}
+
+// The order of the recipe above.
+struct InOrder {
+  // Sums the accumulators.
+  static Vector fold(const Vector* accumulators) {
+    return ((accumulators[0] + accumulators[1]) + accumulators[2]) + accumulators[3];
   }
-  const auto add_step = [&](int64_t step) {
-    for (int p = 0; p < kStepPairs; ++p) {
-      Pair term[N];
-      terms(Whole(), step * kStepLanes + p * Pair::kLanes, term);
-      for (int q = 0; q < N; ++q) sum[q][p] = sum[q][p] + term[q];
+
+  // The same where a row does not end with a whole step. `rest` holds the dim % kStepLanes terms
+  // after the steps; the dim % kVectorLanes that are left after the last whole vector go to `left`.
+  __attribute__((noinline)) static void fold_with_rest(
+      const Real* accumulators, const Real* rest, int64_t dim, Vector* lanes, Real* left) {
+    const int64_t rest_count = dim % kStepLanes;
+    const int64_t left_count = rest_count % kVectorLanes;
+    Vector sum = vector_at(accumulators);
+    for (int64_t i = 0; i + kVectorLanes <= rest_count; i += kVectorLanes) {
+      sum += vector_at(rest + i);
+    }
+    for (int a = 1; a < kAccumulators; ++a) sum += vector_at(accumulators + a * kVectorLanes);
+    for (int64_t i = 0; i < left_count; ++i) left[i] = rest[rest_count - left_count + i];
+    if (dim >= kAccumulators && dim < kVectorLanes) {  // single elements for vectors
+      for (int64_t i = 1; i < dim; ++i) {
+        const int64_t from = i + kAccumulators - 1;
+        left[i] = from < dim ? rest[from] : 0;
+      }
+      for (int a = 1; a < kAccumulators; ++a) sum[a - 1] = rest[a];
+    }
+    *lanes = sum;
+  }
+
+  // The totals of four rows.
+  static Quad finish(const Vector* lanes, const Real (*left)[kVectorLanes], int64_t dim) {
+    Quad total = {};
+    for (int64_t i = 0; i < dim % kVectorLanes; ++i) {
+      total += Quad{left[0][i], left[1][i], left[2][i], left[3][i]};
+    }
+    add_columns<0>(lanes, total);
+    if constexpr (kVectorLanes > kQuad) add_columns<1>(lanes, total);
+    return total;
+  }
+
+ private:
+  template <int part>
+  static void add_columns(const Vector* lanes, Quad& total) {
+    Quad rows[kQuad], columns[kQuad];
+    for (int r = 0; r < kQuad; ++r) rows[r] = quarter<part>(lanes[r]);
+    transpose(rows, columns);
+    for (int c = 0; c < kQuad; ++c) total += columns[c];
+  }
+};
+
+// A faster order, for sums that need not have the bits of ATen's: lanes are added up by halves, the
+// upper half to the lower one, until one is left.
+struct ByHalves {
+  static Vector fold(const Vector* accumulators) {
+    return (accumulators[0] + accumulators[2]) + (accumulators[1] + accumulators[3]);
+  }
+
+  static Quad finish(const Vector* lanes) {
+    Quad rows[kQuad], columns[kQuad];
+    for (int r = 0; r < kQuad; ++r) {
+      rows[r] = quarter<0>(lanes[r]);
+      if constexpr (kVectorLanes > kQuad) rows[r] += quarter<1>(lanes[r]);
+    }
+    transpose(rows, columns);
+    return (columns[0] + columns[2]) + (columns[1] + columns[3]);
+  }
+};
+
+// Sums N quantities over a row at once, up to their lanes. terms(part, i, out) sets out[0..N) to
+// the terms of the elements from i on. `left` is for InOrder only, see there.
+template <class Order, int N, class Terms>
+inline void row_sums(int64_t dim, const Terms& terms, Vector* lanes, Real (*left)[kVectorLanes]) {
+  Pair sum[N][kStepPairs];
+  const auto sum_steps = [&](int64_t begin, int64_t end) {
+    for (int q = 0; q < N; ++q) {
+      for (int p = 0; p < kStepPairs; ++p) sum[q][p] = splat(0);
+    }
+    for (int64_t step = begin; step < end; ++step) {
+      for (int p = 0; p < kStepPairs; ++p) {
+        Pair term[N];
+        terms(Whole(), step * kStepLanes + p * Pair::kLanes, term);
+        for (int q = 0; q < N; ++q) sum[q][p] = sum[q][p] + term[q];
+      }
     }
   };
 
   const int64_t steps = dim / kStepLanes;
   const int power = cascade_power(steps);
   const int64_t round = int64_t(1) << power;
-  const bool cascades = steps >= round;
-  if (cascades) {
-    for (auto& level : carried) {
-      for (int q = 0; q < N; ++q) {
-        for (int p = 0; p < kStepPairs; ++p) level[q][p] = splat(0);
-      }
-    }
-  }
-  int64_t step = 0;
-  while (step + round <= steps) {
-    for (const int64_t stop = step + round; step < stop; ++step) add_step(step);
-    for (int q = 0; q < N; ++q) {
-      for (int p = 0; p < kStepPairs; ++p) {
-        carried[0][q][p] = carried[0][q][p] + sum[q][p];
-        sum[q][p] = splat(0);
-      }
-    }
-    for (int level = 1; level < kCascadeLevels - 1; ++level) {
-      if (step & ((round - 1) << (level * power))) break;
+  if (steps < round) {
+    sum_steps(0, steps);
+  } else {  // in memory, to leave the registers to the steps
+    alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes] = {};
+    const auto add_to = [&](Real(&level)[N][kStepLanes]) {
       for (int q = 0; q < N; ++q) {
         for (int p = 0; p < kStepPairs; ++p) {
-          carried[level][q][p] = carried[level][q][p] + carried[level - 1][q][p];
-          carried[level - 1][q][p] = splat(0);
+          Real* place = &level[q][p * Pair::kLanes];
+          sum[q][p] = load(place) + sum[q][p];
+          store(place, sum[q][p]);
+        }
+      }
+    };
+    int64_t step = 0;
+    while (step + round <= steps) {
+      sum_steps(step, step + round);
+      step += round;
+      add_to(carried[0]);
+      for (int level = 1; level < kCascadeLevels - 1; ++level) {
+        if (step & ((round - 1) << (level * power))) break;
+        add_to(carried[level]);
+        for (auto& place : carried[level - 1]) {
+          for (Real& lane : place) lane = 0;
+        }
+      }
+    }
+    sum_steps(step, steps);
+    for (auto& level : carried) {
+      for (int q = 0; q < N; ++q) {
+        for (int p = 0; p < kStepPairs; ++p) {
+          sum[q][p] = sum[q][p] + load(&level[q][p * Pair::kLanes]);
         }
       }
     }
   }
-  for (; step < steps; ++step) add_step(step);
-  if (cascades) {
-    for (auto& level : carried) {
-      for (int q = 0; q < N; ++q) {
-        for (int p = 0; p < kStepPairs; ++p) sum[q][p] = sum[q][p] + level[q][p];
-      }
-    }
-  }
 
-  alignas(64) Real rest[N][kStepLanes];  // finish_row_sum() may be compiled for aligned ones
-  for_each_pair(steps * kStepLanes, dim, [&](auto part, int64_t i) {
-    Pair term[N];
-    terms(part, i, term);
-    for (int q = 0; q < N; ++q) store(&rest[q][i - steps * kStepLanes], term[q]);
-  });
+  const int64_t whole = steps * kStepLanes;
+  alignas(64) Real rest[N][kStepLanes];
+  if (whole < dim) {
+    for_each_pair(whole, dim, [&](auto part, int64_t i) {
+      Pair term[N];
+      terms(part, i, term);
+      for (int q = 0; q < N; ++q) {
+        if constexpr (kSame<Order, InOrder>) {
+          store(&rest[q][i - whole], term[q]);
+        } else {
+          Pair& place = sum[q][(i - whole) / Pair::kLanes];
+          place = place + term[q];
+        }
+      }
+    });
+  }
   for (int q = 0; q < N; ++q) {
-    alignas(64) Real accumulators[kStepLanes];
-    for (int p = 0; p < kStepPairs; ++p) store(&accumulators[p * Pair::kLanes], sum[q][p]);
-    sums[q] = finish_row_sum(accumulators, rest[q], dim);
+    if (kSame<Order, ByHalves> || whole == dim) {
+      Vector accumulators[kAccumulators];
+      for (int p = 0; p < kStepPairs; ++p) {
+        split(sum[q][p], accumulators + p * (Pair::kLanes / kVectorLanes));
+      }
+      lanes[q] = Order::fold(accumulators);
+    } else if constexpr (kSame<Order, InOrder>) {
+      alignas(64) Real accumulators[kStepLanes];
+      for (int p = 0; p < kStepPairs; ++p) store(&accumulators[p * Pair::kLanes], sum[q][p]);
+      Order::fold_with_rest(accumulators, rest[q], dim, &lanes[q], left[q]);
+    }
   }
 }
 

@@ -8,6 +8,8 @@ namespace {
 
 using Real = float;
 
+using Vector = __m256;
+
 struct Pair {
   static constexpr int kLanes = 16;
   __m256 lo, hi;
@@ -15,6 +17,11 @@ struct Pair {
 
 constexpr int kForwardRows = 2;
 constexpr int kBackwardSumRows = 1;
+
+inline void split(Pair v, Vector* parts) {
+  parts[0] = v.lo;
+  parts[1] = v.hi;
+}
 
 inline Pair splat(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
 inline Pair operator+(Pair a, Pair b) {

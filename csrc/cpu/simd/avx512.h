@@ -9,6 +9,8 @@ namespace {
 
 using Real = float;
 
+using Vector = __m256;
+
 struct Pair {
   static constexpr int kLanes = 32;
   __m512 lo, hi;
@@ -16,6 +18,13 @@ struct Pair {
 
 constexpr int kForwardRows = 4;
 constexpr int kBackwardSumRows = 2;
+
+inline void split(Pair v, Vector* parts) {
+  parts[0] = _mm512_castps512_ps256(v.lo);
+  parts[1] = _mm512_extractf32x8_ps(v.lo, 1);
+  parts[2] = _mm512_castps512_ps256(v.hi);
+  parts[3] = _mm512_extractf32x8_ps(v.hi, 1);
+}
 
 inline Pair splat(float v) { return {_mm512_set1_ps(v), _mm512_set1_ps(v)}; }
 inline Pair operator+(Pair a, Pair b) {

@@ -11,6 +11,8 @@ using Real = double;
 
 typedef double F64x2 __attribute__((vector_size(16)));
 
+typedef double Vector __attribute__((vector_size(32)));
+
 struct Pair {
   static constexpr int kLanes = 4;
   F64x2 lo, hi;
@@ -18,6 +20,10 @@ struct Pair {
 
 constexpr int kForwardRows = 1;
 constexpr int kBackwardSumRows = 1;
+
+inline void split(Pair v, Vector* parts) {
+  parts[0] = __builtin_shufflevector(v.lo, v.hi, 0, 1, 2, 3);
+}
 
 inline Pair splat(double v) { return {F64x2{v, v}, F64x2{v, v}}; }
 inline Pair operator+(Pair a, Pair b) { return {a.lo + b.lo, a.hi + b.hi}; }

@@ -9,6 +9,8 @@ namespace {
 
 using Real = float;
 
+typedef float Vector __attribute__((vector_size(32)));
+
 struct Pair {
   static constexpr int kLanes = 8;
   F32x4 lo, hi;
@@ -16,6 +18,10 @@ struct Pair {
 
 constexpr int kForwardRows = 1;
 constexpr int kBackwardSumRows = 1;
+
+inline void split(Pair v, Vector* parts) {
+  parts[0] = __builtin_shufflevector(v.lo, v.hi, 0, 1, 2, 3, 4, 5, 6, 7);
+}
 
 inline Pair splat(float v) { return {F32x4{v, v, v, v}, F32x4{v, v, v, v}}; }
 inline Pair operator+(Pair a, Pair b) { return {a.lo + b.lo, a.hi + b.hi}; }

@@ -4,6 +4,8 @@
 //   Real                       the type of arithmetic: float (double in float64.h)
 //   Pair                       a pair of native vectors, Pair::kLanes numbers of type Real in the
 //                              order of the elements in memory
+//   Vector                     32 bytes of Real
+//   split(Pair, Vector*)       the pair as Vectors
 //   splat(Real) + - *          elementwise, each rounded on its own: never a fused multiply-add,
 //                              because the baseline has none and results have the same bits at
 //                              every level
