@@ -1,9 +1,11 @@
 #include "torch/rms_norm.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Formatting.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -23,6 +25,17 @@ void check_floating(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       is_floating(tensor.scalar_type()), "rms_norm: expected ", name,
       " of dtype float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
+}
+
+// A storage can be resized behind the back of its tensors: FSDP frees parameters that way.
+void check_storage(const char* name, const at::Tensor& tensor) {
+  const size_t needed = at::detail::computeStorageNbytes(
+      tensor.sizes(), tensor.strides(), tensor.element_size(), tensor.storage_offset());
+  const size_t held = tensor.storage().nbytes();
+  TORCH_CHECK(
+      held >= needed, "rms_norm: expected ", name, " with ", needed,
+      " bytes of storage for its shape ", tensor.sizes(), ", got ", held,
+      " bytes; the storage has been freed or resized");
 }
 
 void check_dense(const char* name, const at::Tensor& tensor) {
@@ -51,7 +64,13 @@ at::ScalarType statistics_type(const at::Tensor& input) {
 
 }  // namespace
 
+void check_defined(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), "rms_norm: expected ", name, " to be a tensor, got None");
+}
+
 void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps) {
+  check_defined("input", input);
+  check_defined("scale", scale);
   check_dense("input", input);
   check_dense("scale", scale);
   check_floating("input", input);
@@ -79,6 +98,7 @@ void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps
 void check_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps) {
   check_rms_norm(input, scale, eps);
+  check_defined("grad_output", grad_output);
   check_dense("grad_output", grad_output);
   TORCH_CHECK(
       grad_output.sizes() == input.sizes(),
@@ -262,12 +282,17 @@ at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
 at::Tensor fused_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormDevice& device) {
   check_rms_norm(input, scale, eps);
+  check_storage("input", input);
+  check_storage("scale", scale);
+  const at::TensorOptions output_options =
+      input.options().dtype(rms_norm_output_type(input.scalar_type(), scale.scalar_type()));
+  // Nothing to compute, and maybe more dimensions than can be described.
+  if (input.numel() == 0) return at::empty_like(input, output_options);
   RmsNormForward args;
   if (!describe_rms_norm(input, scale, eps, &args.shape)) {
     return composite_rms_norm(input, scale, eps);
   }
-  const at::Tensor output = at::empty_like(
-      input, input.options().dtype(rms_norm_output_type(input.scalar_type(), scale.scalar_type())));
+  const at::Tensor output = at::empty_like(input, output_options);
   at::Tensor x = with_adjacent_rows(input);
   at::Tensor y = has_adjacent_rows(output) ? output : at::empty(output.sizes(), output.options());
   const auto describe = [&] {
@@ -294,14 +319,20 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask, const RmsNormDevice& device) {
   check_rms_norm_backward(grad_output, input, scale, eps);
+  check_storage("grad_output", grad_output);
+  check_storage("input", input);
+  check_storage("scale", scale);
   RmsNormBackward args;
-  if (!describe_rms_norm(input, scale, eps, &args.shape)) {
+  const bool empty = input.numel() == 0;
+  if (!empty && !describe_rms_norm(input, scale, eps, &args.shape)) {
     return composite_rms_norm_backward(grad_output, input, scale, eps, output_mask);
   }
   const at::Tensor grad_input =
       output_mask[0] ? at::empty_like(input) : at::empty({0}, input.options());
-  const at::Tensor grad_scale =
-      at::empty(output_mask[1] ? scale.sizes() : at::IntArrayRef{0}, scale.options());
+  constexpr int64_t kNone[] = {0};
+  const at::IntArrayRef grad_scale_sizes = output_mask[1] ? scale.sizes() : at::IntArrayRef(kNone);
+  if (empty) return {grad_input, at::zeros(grad_scale_sizes, scale.options())};
+  const at::Tensor grad_scale = at::empty(grad_scale_sizes, scale.options());
   if (!output_mask[0] && !output_mask[1]) return {grad_input, grad_scale};
 
   at::Tensor dy = with_adjacent_rows(grad_output);

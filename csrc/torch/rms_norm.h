@@ -11,6 +11,9 @@
 
 namespace coreai_torch {
 
+// Where Python has None, the dispatcher passes an undefined tensor.
+void check_defined(const char* name, const at::Tensor& tensor);
+
 // Raise what the error contract says; coreai_torch/reference/rms_norm.py has the same in Python.
 void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps);
 void check_rms_norm_backward(
