@@ -82,12 +82,26 @@ def check_rms_norm_backward(grad_output: Tensor, input: Tensor, scale: Tensor, e
 
 
 def check_eps(eps: float) -> None:
-    """Raise ValueError unless eps is a number that is zero or above."""
-    if not eps >= 0:
+    """Raise TypeError or ValueError unless eps is a number that is zero or above."""
+    try:
+        valid = eps >= 0
+    except TypeError:
+        raise TypeError(f"rms_norm: expected eps to be a number, got {eps!r}") from None
+    if not valid:
         raise ValueError(f"rms_norm: expected eps >= 0, got {eps}")
 
 
 def _check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"rms_norm: expected {name} to be a tensor, got "
+            f"{'None' if tensor is None else type(tensor).__name__}"
+        )
+    if tensor.is_nested:
+        raise RuntimeError(
+            f"rms_norm: expected {name} to be a dense tensor, got a nested tensor; "
+            "convert it with .to_padded_tensor()"
+        )
     if tensor.layout != torch.strided:
         raise RuntimeError(
             f"rms_norm: expected {name} to be a dense tensor, got layout {tensor.layout}; "

@@ -40,6 +40,9 @@ void check_storage(const char* name, const at::Tensor& tensor) {
 
 void check_dense(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(
+      !tensor.is_nested(), "rms_norm: expected ", name,
+      " to be a dense tensor, got a nested tensor; convert it with .to_padded_tensor()");
+  TORCH_CHECK(
       tensor.layout() == at::kStrided, "rms_norm: expected ", name,
       " to be a dense tensor, got layout ", tensor.layout(), "; convert it with .to_dense()");
 }
