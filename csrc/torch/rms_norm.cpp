@@ -40,9 +40,6 @@ void check_storage(const char* name, const at::Tensor& tensor) {
 
 void check_dense(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK(
-      !tensor.is_nested(), "rms_norm: expected ", name,
-      " to be a dense tensor, got a nested tensor; convert it with .to_padded_tensor()");
-  TORCH_CHECK(
       tensor.layout() == at::kStrided, "rms_norm: expected ", name,
       " to be a dense tensor, got layout ", tensor.layout(), "; convert it with .to_dense()");
 }
@@ -67,13 +64,16 @@ at::ScalarType statistics_type(const at::Tensor& input) {
 
 }  // namespace
 
-void check_defined(const char* name, const at::Tensor& tensor) {
+void check_tensor(const char* name, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), "rms_norm: expected ", name, " to be a tensor, got None");
+  TORCH_CHECK(
+      !tensor.is_nested(), "rms_norm: expected ", name,
+      " to be a dense tensor, got a nested tensor; convert it with .to_padded_tensor()");
 }
 
 void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps) {
-  check_defined("input", input);
-  check_defined("scale", scale);
+  check_tensor("input", input);
+  check_tensor("scale", scale);
   check_dense("input", input);
   check_dense("scale", scale);
   check_floating("input", input);
@@ -101,7 +101,7 @@ void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps
 void check_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps) {
   check_rms_norm(input, scale, eps);
-  check_defined("grad_output", grad_output);
+  check_tensor("grad_output", grad_output);
   check_dense("grad_output", grad_output);
   TORCH_CHECK(
       grad_output.sizes() == input.sizes(),

@@ -11,8 +11,9 @@
 
 namespace coreai_torch {
 
-// Where Python has None, the dispatcher passes an undefined tensor.
-void check_defined(const char* name, const at::Tensor& tensor);
+// That there is a tensor (where Python has None, the dispatcher passes an undefined one), and that
+// it has sizes and strides.
+void check_tensor(const char* name, const at::Tensor& tensor);
 
 // Raise what the error contract says; coreai_torch/reference/rms_norm.py has the same in Python.
 void check_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps);
