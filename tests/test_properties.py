@@ -53,9 +53,11 @@ WILD = TAME | {
     "smallest float16": lambda x: x.sign() * 2.0**-24,
     "infinite": lambda x: torch.where(x > 2, float("inf"), x),
     "not a number": lambda x: torch.where(x < -2, float("nan"), x),
-    "any bits": lambda x: torch.randint(-(2**31), 2**31, x.shape, dtype=torch.int64)
-    .to(torch.int32)
-    .view(torch.float32),
+    "any bits": lambda x: (
+        torch.randint(-(2**31), 2**31, x.shape, dtype=torch.int64)
+        .to(torch.int32)
+        .view(torch.float32)
+    ),
 }
 
 
