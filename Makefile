@@ -54,6 +54,25 @@ test-sanitizers: $(INSTALLED)  ## the C++ tests under AddressSanitizer, UBSan an
 	  setarch -R $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done
 
+# Of a copy with a build of its own. Python and PyTorch are not built for it, so the tool's libraries
+# are loaded before them, and what they leave at the end of the process is not looked at.
+SANITIZED := build/sanitize-python
+SANITIZED_TESTS ?= tests/test_properties.py tests/test_rms_norm_forward.py \
+  tests/test_rms_norm_backward.py tests/test_rms_norm_errors.py tests/test_func.py
+test-python-sanitized: $(INSTALLED)  ## Python tests and the fuzzer, under AddressSanitizer and UBSan; 20 minutes
+	mkdir -p $(SANITIZED)
+	cp -au CMakeLists.txt setup.py pyproject.toml README.md LICENSE cmake csrc coreai_torch \
+	  build_backend tests $(SANITIZED)
+	cd $(SANITIZED) && PATH="$(abspath $(BIN)):$$PATH" \
+	  CMAKE_ARGS="-DCOREAI_TORCH_SANITIZE=address,undefined $(CMAKE_ARGS)" \
+	  $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && \
+	  export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=16384 \
+	    UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	    LD_PRELOAD="$$(for l in asan ubsan stdc++; do c++ -print-file-name=lib$$l.so; done | xargs)" && \
+	  $(abspath $(BIN))/python tests/fuzz_ops.py --calls 20000 --address-space 0 && \
+	  $(abspath $(BIN))/python -m pytest -q -m "not slow" $(SANITIZED_TESTS)
+
 # valgrind does not know AVX-512 and hides it, so the levels up to x86-64-v3 are run.
 test-valgrind: test-cpp  ## the C++ tests under valgrind's memcheck
 	for test in rms_norm threads; do \

@@ -48,7 +48,6 @@ OTHER_DTYPES = (
 SIZES = (1, 1, 1, 2, 2, 3, 3, 4, 5, 8, 16, 17, 33, 64, 0)
 MOST_ELEMENTS = 2048  # of the shape of a call: time is for more calls
 EPS = (1e-5, 1e-6, 0.0, -0.0, 1.0, 1e-40, 1e300, float("inf"), -1.0, -1e-30, float("nan"))
-ADDRESS_SPACE = 24 << 30  # huge outputs fail to be allocated, and do not fill the machine
 
 # What a call may say of its arguments, and what PyTorch says before the call is ours.
 KINDS = (RuntimeError, NotImplementedError, ValueError, TypeError)
@@ -270,10 +269,11 @@ def contents(tensor: Tensor) -> bytes | None:
     return ctypes.string_at(storage.data_ptr(), storage.nbytes())
 
 
-def child(seed: int, calls: range, progress: Path) -> None:
+def child(seed: int, calls: range, progress: Path, gibibytes: int) -> None:
     """Those calls, each noted in the file before it is made."""
     warnings.simplefilter("ignore")  # of prototype and deprecated kinds of tensors
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    if gibibytes:  # huge outputs are not to fill the machine
+        resource.setrlimit(resource.RLIMIT_AS, (gibibytes << 30, gibibytes << 30))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(2)
     found = ops()
@@ -298,13 +298,13 @@ def child(seed: int, calls: range, progress: Path) -> None:
         print(name, outcome, count)
 
 
-def run(seed: int, calls: range) -> subprocess.CompletedProcess[str]:
+def run(seed: int, calls: range, gibibytes: int) -> subprocess.CompletedProcess[str]:
     """Those calls in a process of their own. Its output counts how they ended."""
     with tempfile.NamedTemporaryFile() as progress:
         progress.write(bytes(8))
         progress.flush()
         command = [sys.executable, __file__, "--seed", str(seed), "--child", progress.name]
-        command += [str(calls.start), str(calls.stop)]
+        command += [str(calls.start), str(calls.stop), "--address-space", str(gibibytes)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             index = int.from_bytes(Path(progress.name).read_bytes(), "little")
@@ -316,12 +316,12 @@ def run(seed: int, calls: range) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def fuzz(seed: int, calls: int, jobs: int) -> int:
+def fuzz(seed: int, calls: int, jobs: int, gibibytes: int) -> int:
     """All calls, in so many processes. Returns the exit status."""
     step = -(-calls // jobs)
     parts = [range(first, min(first + step, calls)) for first in range(0, calls, step)]
     with ThreadPoolExecutor(jobs) as pool:
-        ended = list(pool.map(lambda part: run(seed, part), parts))
+        ended = list(pool.map(lambda part: run(seed, part, gibibytes), parts))
     failed = [done for done in ended if done.returncode]
     for done in failed:
         print(done.stdout, done.stderr, file=sys.stderr)
@@ -346,16 +346,18 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
+    parser.add_argument("--address-space", type=int, default=24, help="GiB; 0: no limit")
     parser.add_argument("--only", type=int, help="the number of the one call to make")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         progress, first, last = options.child
-        child(options.seed, range(int(first), int(last)), Path(progress))
+        calls = range(int(first), int(last))
+        child(options.seed, calls, Path(progress), options.address_space)
         return 0
     if options.only is None:
-        return fuzz(options.seed, options.calls, options.jobs)
-    done = run(options.seed, range(options.only, options.only + 1))
+        return fuzz(options.seed, options.calls, options.jobs, options.address_space)
+    done = run(options.seed, range(options.only, options.only + 1), options.address_space)
     print(done.stdout, done.stderr)
     return 1 if done.returncode else 0
 

@@ -7,6 +7,7 @@ new ones every time.
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class Case:
             if size != 1
         ]
         spans = spans[: len(spans) - (self.shape[-1] != 1)]
-        changes = sum(a != b for a, b in zip(spans, spans[1:], strict=False))
+        changes = sum(a != b for a, b in itertools.pairwise(spans))
         return changes <= (1 if spans and spans[0] else 2)
 
 

@@ -84,8 +84,7 @@ class RMSNorm(nn.Module):
             _check_size("n_heads", n_heads)
         if isinstance(dtype, torch.dtype) and dtype not in DTYPES:
             raise NotImplementedError(
-                "rms_norm: expected dtype to be float64, float32, float16 or bfloat16, "
-                f"got {dtype}"
+                f"rms_norm: expected dtype to be float64, float32, float16 or bfloat16, got {dtype}"
             )
         shape = (dim,) if n_heads is None else (n_heads, 1, dim)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
