@@ -99,7 +99,7 @@ def stand_ins(site: Path, folder: Path) -> None:
 
 
 def environment(version: str, folder: Path) -> tuple[Path, dict[str, str]]:
-    """The interpreter of an environment with that version of PyTorch, and the variables it needs."""
+    """The interpreter of an environment with that PyTorch, and the variables that it needs."""
     run(sys.executable, "-m", "venv", folder / "venv")
     python = folder / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "-q", "--no-deps", f"torch=={version}")
