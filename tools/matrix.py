@@ -70,9 +70,7 @@ def stand_ins(site: Path, folder: Path) -> None:
         ):
             if name in missing:
                 versions[name].update(re.findall(r"Name: (\S+) ", entries))
-    of_cuda = re.compile(
-        r"(__)?(cu|cuda|cudnn|nccl|nvtx|nvrtc|nvshmem|nvml|cupti)[A-Z_]\w*|nccl\w+"
-    )
+    of_cuda = re.compile(r"(__)?(cu|nccl|nv)\w+")
     plain = [s for s, v in undefined.items() if not v and s not in defined and of_cuda.match(s)]
     folder.mkdir(parents=True, exist_ok=True)
     source, script = folder / "stand_in.c", folder / "versions.map"
