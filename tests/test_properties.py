@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 
 from coreai_torch import ops, reference
 from coreai_torch.backends import cpu
+from coreai_torch.reference.rms_norm import output_dtype
 
 EXAMPLES = int(os.environ.get("COREAI_TORCH_EXAMPLES", "0"))
 EXHAUSTIVE = settings(
@@ -82,7 +83,7 @@ class Case:
         torch.manual_seed(self.seed)
         x = laid_out(WILD[self.values](torch.randn(self.shape)).to(self.input_dtype), self.layout)
         w = WILD[self.scale_values](torch.randn(self.scale_shape)).to(self.scale_dtype)
-        dtype = reference.rms_norm(x[..., :1], w[..., :1]).dtype if x.numel() else self.input_dtype
+        dtype = output_dtype(self.input_dtype, self.scale_dtype)
         return x, w, laid_out(torch.randn(self.shape).to(dtype), self.grad_layout)
 
     @property

@@ -135,7 +135,7 @@ def row(version: str) -> str:
     try:
         python, variables = environment(version, folder)
         copy = build(python, variables, folder)
-        report = run(python, "-m", "coreai_torch", cwd=folder, env=variables)
+        run(python, "-c", "import coreai_torch", cwd=folder, env=variables)
     except RuntimeError as error:
         (folder / "log.txt").write_text(str(error))
         return f"| {version} | {python_version} | no: {str(error).strip().splitlines()[-1]} | |"
@@ -147,7 +147,7 @@ def row(version: str) -> str:
         text=True,
         check=False,
     )
-    (folder / "log.txt").write_text(report + done.stdout + done.stderr)
+    (folder / "log.txt").write_text(done.stdout + done.stderr)
     return f"| {version} | {python_version} | yes | {done.stdout.strip().splitlines()[-1]} |"
 
 
