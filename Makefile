@@ -14,8 +14,8 @@ NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.py
 
 CPP_FILES = $$(find csrc benchmarks tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo converter test test-slow test-cpp test-cuda test-aarch64 bench bench-quick bench-compile \
-  bench-cuda lint format clean
+.PHONY: help demo converter test test-slow test-cpp test-sanitizers test-valgrind test-old-cpu \
+  test-python-sanitized test-cuda test-aarch64 bench bench-quick bench-compile bench-cuda lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,6 +43,44 @@ test-cpp: $(INSTALLED)  ## the framework-free library's own tests
 	  -DCOREAI_TORCH_WERROR=ON > /dev/null
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+# No address space randomization: ThreadSanitizer's own memory map does not bear all of it.
+test-sanitizers: $(INSTALLED)  ## the C++ tests under AddressSanitizer, UBSan and ThreadSanitizer
+	for sanitizers in address,undefined thread; do \
+	  folder=build/sanitize-$${sanitizers%%,*} && \
+	  $(BIN)/cmake -S . -B $$folder -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCOREAI_TORCH_WERROR=ON -DCOREAI_TORCH_SANITIZE=$$sanitizers $(CMAKE_ARGS) > /dev/null && \
+	  $(BIN)/cmake --build $$folder && \
+	  setarch -R $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done
+
+# Of a copy with a build of its own. Python and PyTorch are not built for it, so the tool's libraries
+# are loaded before them, and what they leave at the end of the process is not looked at.
+SANITIZED := build/sanitize-python
+SANITIZED_TESTS ?= tests/test_properties.py tests/test_rms_norm_forward.py \
+  tests/test_rms_norm_backward.py tests/test_rms_norm_errors.py tests/test_func.py
+test-python-sanitized: $(INSTALLED)  ## Python tests and the fuzzer, under AddressSanitizer and UBSan; 20 minutes
+	mkdir -p $(SANITIZED)
+	cp -au CMakeLists.txt setup.py pyproject.toml README.md LICENSE cmake csrc coreai_torch \
+	  build_backend tests $(SANITIZED)
+	cd $(SANITIZED) && PATH="$(abspath $(BIN)):$$PATH" \
+	  CMAKE_ARGS="-DCOREAI_TORCH_SANITIZE=address,undefined $(CMAKE_ARGS)" \
+	  $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && \
+	  export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=16384 \
+	    UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2 \
+	    LD_PRELOAD="$$(for l in asan ubsan stdc++; do c++ -print-file-name=lib$$l.so; done | xargs)" && \
+	  $(abspath $(BIN))/python tests/fuzz_ops.py --calls 20000 --address-space 0 && \
+	  $(abspath $(BIN))/python -m pytest -q -m "not slow" $(SANITIZED_TESTS)
+
+# valgrind does not know AVX-512 and hides it, so the levels up to x86-64-v3 are run.
+test-valgrind: test-cpp  ## the C++ tests under valgrind's memcheck
+	for test in rms_norm threads; do \
+	  valgrind -q --error-exitcode=1 --leak-check=full build/cpp/test_$$test || exit 1; \
+	done
+
+test-old-cpu: test-cpp  ## the C++ tests on emulated processors without AVX and without AVX-512
+	cmake/old_cpu.sh build/cpp
 
 test-cuda: $(INSTALLED)  ## the tests on a CUDA card, a few of them under compute-sanitizer
 	$(BIN)/python -m pytest -q tests/test_cuda.py

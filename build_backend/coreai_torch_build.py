@@ -5,7 +5,11 @@ README.md in this folder says why, and what is where.
 
 from __future__ import annotations
 
+import gzip
+import io
+import os
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +18,6 @@ from typing import Any
 
 from setuptools import build_meta
 from setuptools.build_meta import (
-    build_sdist,
     get_requires_for_build_editable,
     get_requires_for_build_sdist,
     get_requires_for_build_wheel,
@@ -69,6 +72,31 @@ def build_wheel(
             folder = content / package
             (folder / "__init__.py").rename(folder / PACKAGE_INIT)
             shutil.copy(INITIALIZER, folder)
+    return name
+
+
+def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
+    """An sdist with the same bytes whenever and wherever it is made of the same sources.
+
+    All files have the time SOURCE_DATE_EPOCH, in seconds, or 0; nobody's name; and the modes that
+    git knows.
+    """
+    name = build_meta.build_sdist(sdist_directory, config_settings)
+    path = Path(sdist_directory, name)
+    time = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
+    with tarfile.open(path) as archive:
+        members = {m.name: m for m in archive.getmembers()}
+        files = {n: archive.extractfile(m).read() for n, m in members.items() if m.isfile()}  # type: ignore[union-attr]
+    with (
+        open(path, "wb") as file,
+        gzip.GzipFile("", "wb", mtime=time, fileobj=file) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for member_name in sorted(files):
+            member = tarfile.TarInfo(member_name)
+            member.size, member.mtime = len(files[member_name]), time
+            member.mode = 0o755 if members[member_name].mode & 0o100 else 0o644
+            archive.addfile(member, io.BytesIO(files[member_name]))
     return name
 
 

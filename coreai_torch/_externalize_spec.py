@@ -21,6 +21,7 @@ class ExternalizeSpec:
 
     Raises:
         ValueError: `composite_attrs` without `composite_op_name`.
+        TypeError: `target_class` is not a class, or `composite_attrs` is one string.
     """
 
     target_class: type
@@ -28,6 +29,15 @@ class ExternalizeSpec:
     composite_attrs: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target_class, type):
+            raise TypeError(
+                f"ExternalizeSpec: expected target_class to be a class, got {self.target_class!r}"
+            )
+        if isinstance(self.composite_attrs, str):
+            raise TypeError(
+                "ExternalizeSpec: expected composite_attrs to be a list of names, "
+                f"got {self.composite_attrs!r}"
+            )
         if self.composite_attrs is not None and self.composite_op_name is None:
             raise ValueError(
                 "ExternalizeSpec: expected composite_op_name with composite_attrs, got None; "

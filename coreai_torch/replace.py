@@ -115,12 +115,16 @@ def replace_rms_norm(
         What was replaced, and what was not for which reason.
 
     Raises:
-        TypeError: model is not a module.
-        NotImplementedError: it is on a CUDA device, in a build without CUDA kernels.
+        TypeError: model is not a module, or only not a function.
+        NotImplementedError: model is on a CUDA device, in a build without CUDA kernels.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"replace_rms_norm: expected model to be a torch.nn.Module, got {type(model).__name__}"
+        )
+    if only is not None and not callable(only):
+        raise TypeError(
+            f"replace_rms_norm: expected only to be a function, got {type(only).__name__}"
         )
     report = Report(dry_run=dry_run)
     found: list[tuple[nn.Module, Norm]] = []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import zipfile
 
 import pytest
+import torch
 from environments import ROOT, run
 
 IN_CHECKOUT = (ROOT / "setup.py").exists()
@@ -73,3 +77,69 @@ def test_a_missing_torch_is_explained(tmp_path):
     )
     assert done.returncode != 0
     assert "pip install --no-build-isolation ." in done.stderr
+
+
+@pytest.mark.skipif(not IN_CHECKOUT, reason="needs a checkout")
+def test_an_sdist_has_the_same_bytes_each_time(tmp_path):
+    """From two copies of the checkout, with other times, modes and owners of the files."""
+    made = []
+    for number, mode in ((1, 0o600), (2, 0o664)):
+        copy = tmp_path / str(number) / "checkout"
+        ignored = shutil.ignore_patterns("build", ".git", ".venv*", "*.so", "*.egg-info", "runs")
+        shutil.copytree(ROOT, copy, ignore=ignored, copy_function=shutil.copyfile)
+        for path in copy.rglob("*.py"):
+            path.chmod(mode)
+            os.utime(path, (number * 10**9, number * 10**9))
+        code = "import coreai_torch_build as b; print(b.build_sdist('dist'))"
+        environment = {"PYTHONPATH": "build_backend", "SOURCE_DATE_EPOCH": "1700000000"}
+        run(sys.executable, "-c", code, cwd=copy, env={**os.environ, **environment})
+        (sdist,) = (copy / "dist").glob("*.tar.gz")
+        made.append(sdist.read_bytes())
+    assert made[0] == made[1]
+    with tarfile.open(sdist) as archive:
+        assert {member.mtime for member in archive} == {1700000000}
+        names = {member.name.partition("/")[2] for member in archive}
+    assert {"LICENSE", "SECURITY.md", "CMakeLists.txt", "PKG-INFO"} <= names
+
+
+@pytest.mark.skipif(not IN_CHECKOUT, reason="needs a checkout")
+def test_checkpoints_are_loaded_without_running_what_is_in_them():
+    loads = 0
+    for folder in ("examples", "coreai_torch", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for arguments in re.findall(r"torch\.load\((.*)\)", path.read_text()):
+                assert "weights_only=True" in arguments, f"{path}: {arguments}"
+                loads += 1
+    assert loads >= 2
+
+
+@pytest.mark.parametrize(
+    ("record", "module", "reason"),
+    [
+        ("2.9.0", "broken", "it was built against torch 2.9.0, but torch "),
+        (None, "missing", "the compiled module is not there"),
+        (torch.__version__, "broken", "file too short"),
+    ],
+)
+def test_a_module_that_does_not_load_is_explained(tmp_path, record, module, reason):
+    """Built against another torch: one sentence with the cure, not an undefined symbol."""
+    package = tmp_path / "coreai_torch"
+    ignored = shutil.ignore_patterns("*.so", "_build_torch_version", "__pycache__")
+    shutil.copytree(ROOT / "coreai_torch", package, ignore=ignored)
+    if record is not None:
+        (package / "_build_torch_version").write_text(record)
+    if module == "broken":
+        (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"\x7fELF")
+    done = subprocess.run(
+        [sys.executable, "-c", "import coreai_torch"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: coreai_torch cannot load its kernels: ")
+    assert reason in last
+    assert "pip install --force-reinstall --no-deps --no-build-isolation ." in last

@@ -34,10 +34,11 @@ def set_level(name: str | None) -> None:
     Raises:
         ValueError: there is no such level, or this processor does not run it.
     """
-    if not _C.set_cpu_level(name):
+    if name is not None and name not in supported_levels():
         raise ValueError(
             f"set_level: expected name to be one of {', '.join(supported_levels())}, got {name}"
         )
+    _C.set_cpu_level(name)
 
 
 @contextmanager

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.rms_norm import rms_norm
-from ..reference.rms_norm import check_eps
+from ..reference.rms_norm import DTYPES, check_eps
+
+
+def _check_size(name: str, value: int) -> None:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"rms_norm: expected {name} to be an int, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"rms_norm: expected {name} > 0, got {value}")
 
 
 class RMSNormImpl(nn.Module):
@@ -24,6 +31,7 @@ class RMSNormImpl(nn.Module):
 
     Raises:
         ValueError: eps is negative or NaN.
+        TypeError: eps is not a number.
     """
 
     axes = -1
@@ -57,6 +65,8 @@ class RMSNorm(nn.Module):
 
     Raises:
         ValueError: dim or n_heads is not positive, or eps is negative or NaN.
+        TypeError: one of them is not a number.
+        NotImplementedError: a dtype that the op does not take.
     """
 
     def __init__(
@@ -69,9 +79,13 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("n_heads", n_heads)):
-            if value is not None and value <= 0:
-                raise ValueError(f"rms_norm: expected {name} > 0, got {value}")
+        _check_size("dim", dim)
+        if n_heads is not None:
+            _check_size("n_heads", n_heads)
+        if isinstance(dtype, torch.dtype) and dtype not in DTYPES:
+            raise NotImplementedError(
+                f"rms_norm: expected dtype to be float64, float32, float16 or bfloat16, got {dtype}"
+            )
         shape = (dim,) if n_heads is None else (n_heads, 1, dim)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.rmsnorm_impl = RMSNormImpl(eps)

@@ -88,13 +88,27 @@ def check_rms_norm_backward(
 
 
 def check_eps(eps: float, *, op: str = "rms_norm") -> None:
-    """Raise ValueError unless eps is a number that is zero or above."""
-    if not eps >= 0:
+    """Raise TypeError or ValueError unless eps is a number that is zero or above."""
+    try:
+        valid = eps >= 0
+    except TypeError:
+        raise TypeError(f"{op}: expected eps to be a number, got {eps!r}") from None
+    if not valid:
         raise ValueError(f"{op}: expected eps >= 0, got {eps}")
 
 
 def check_dense(name: str, tensor: Tensor, *, op: str) -> None:
-    """Raise RuntimeError if a tensor is sparse."""
+    """Raise TypeError if it is no tensor, RuntimeError if it is nested or sparse."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{op}: expected {name} to be a tensor, got "
+            f"{'None' if tensor is None else type(tensor).__name__}"
+        )
+    if tensor.is_nested:
+        raise RuntimeError(
+            f"{op}: expected {name} to be a dense tensor, got a nested tensor; "
+            "convert it with .to_padded_tensor()"
+        )
     if tensor.layout != torch.strided:
         raise RuntimeError(
             f"{op}: expected {name} to be a dense tensor, got layout {tensor.layout}; "

@@ -87,8 +87,7 @@ Result run(const Problem& p, const Data& data, ParallelFor parallel_for) {
 
   RmsNormBackward backward;
   backward.shape = forward.shape;
-  std::vector<char> workspace(size_t(rms_norm_backward_workspace_cpu(backward.shape)));
-  std::memset(workspace.data(), 0xff, workspace.size());
+  std::vector<char> workspace(size_t(rms_norm_backward_workspace_cpu(backward.shape)), char(0xff));
   backward.grad_output = data.grad_output.data();
   backward.input = data.input.data();
   backward.scale = data.scale.data();

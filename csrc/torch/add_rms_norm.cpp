@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -80,12 +81,18 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm(
     const at::Tensor& input, const at::Tensor& residual, const at::Tensor& scale, double eps,
     const AddRmsNormDevice& device) {
   check_add_rms_norm(input, residual, scale, eps);
+  check_storage(kOp, "input", input);
+  check_storage(kOp, "residual", residual);
+  check_storage(kOp, "scale", scale);
+  const at::TensorOptions output_options =
+      input.options().dtype(rms_norm_output_type(input.scalar_type(), scale.scalar_type()));
+  // Nothing to compute, and maybe more dimensions than can be described.
+  if (input.numel() == 0) return {at::empty_like(input, output_options), at::empty_like(input)};
   AddRmsNormForward args;
   if (!describe_add_rms_norm(input, scale, eps, &args.shape)) {
     return composite_add_rms_norm(input, residual, scale, eps);
   }
-  const at::Tensor output = at::empty_like(
-      input, input.options().dtype(rms_norm_output_type(input.scalar_type(), scale.scalar_type())));
+  const at::Tensor output = at::empty_like(input, output_options);
   const at::Tensor new_residual = at::empty_like(input);
   at::Tensor x = with_adjacent_rows(input), r = with_adjacent_rows(residual);
   at::Tensor y = written_for(output), h = written_for(new_residual);
@@ -126,6 +133,15 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm_backward(
   if (!output_mask[0]) {  // nothing to add to
     return call_rms_norm_backward(grad_output, new_residual, scale, eps, output_mask);
   }
+  check_storage(kOp, "grad_output", grad_output);
+  check_storage(kOp, "grad_new_residual", grad_new_residual);
+  check_storage(kOp, "new_residual", new_residual);
+  check_storage(kOp, "scale", scale);
+  constexpr int64_t kNone[] = {0};
+  if (new_residual.numel() == 0) {
+    const at::IntArrayRef sizes = output_mask[1] ? scale.sizes() : at::IntArrayRef(kNone);
+    return {at::empty_like(new_residual), at::zeros(sizes, scale.options())};
+  }
   AddRmsNormBackward args;
   if (!describe_add_rms_norm(new_residual, scale, eps, &args.shape)) {
     return composite_backward(
@@ -152,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm_backward(
     describe();
   }
   const at::Tensor w = scale.to(kernel_scale_type(new_residual, scale)).contiguous();
-  const at::Tensor dw = at::empty(output_mask[1] ? w.sizes() : at::IntArrayRef{0}, w.options());
+  const at::Tensor dw = at::empty(output_mask[1] ? w.sizes() : at::IntArrayRef(kNone), w.options());
   args.grad_output = dy.const_data_ptr();
   args.grad_new_residual = dh.const_data_ptr();
   args.input = h.const_data_ptr();

@@ -1,9 +1,11 @@
 #include "torch/rms_norm.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Formatting.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
@@ -44,7 +46,24 @@ std::string name_of(at::ScalarType type) {
   return "torch." + std::string(c10::getDtypeNames(type).first);
 }
 
+void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": expected ", name, " to be a tensor, got None");
+  TORCH_CHECK(
+      !tensor.is_nested(), op, ": expected ", name,
+      " to be a dense tensor, got a nested tensor; convert it with .to_padded_tensor()");
+}
+
+void check_storage(const char* op, const char* name, const at::Tensor& tensor) {
+  const size_t needed = at::detail::computeStorageNbytes(
+      tensor.sizes(), tensor.strides(), tensor.element_size(), tensor.storage_offset());
+  const size_t held = tensor.storage().nbytes();
+  TORCH_CHECK(
+      held >= needed, op, ": expected ", name, " with ", needed, " bytes of storage for its shape ",
+      tensor.sizes(), ", got ", held, " bytes; the storage has been freed or resized");
+}
+
 void check_dense(const char* op, const char* name, const at::Tensor& tensor) {
+  check_tensor(op, name, tensor);
   TORCH_CHECK(
       tensor.layout() == at::kStrided, op, ": expected ", name,
       " to be a dense tensor, got layout ", tensor.layout(), "; convert it with .to_dense()");
@@ -259,12 +278,17 @@ at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
 at::Tensor fused_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormDevice& device) {
   check_rms_norm(input, scale, eps);
+  check_storage("rms_norm", "input", input);
+  check_storage("rms_norm", "scale", scale);
+  const at::TensorOptions output_options =
+      input.options().dtype(rms_norm_output_type(input.scalar_type(), scale.scalar_type()));
+  // Nothing to compute, and maybe more dimensions than can be described.
+  if (input.numel() == 0) return at::empty_like(input, output_options);
   RmsNormForward args;
   if (!describe_rms_norm(input, scale, eps, &args.shape)) {
     return composite_rms_norm(input, scale, eps);
   }
-  const at::Tensor output = at::empty_like(
-      input, input.options().dtype(rms_norm_output_type(input.scalar_type(), scale.scalar_type())));
+  const at::Tensor output = at::empty_like(input, output_options);
   at::Tensor x = with_adjacent_rows(input);
   at::Tensor y = has_adjacent_rows(output) ? output : at::empty(output.sizes(), output.options());
   const auto describe = [&] {
@@ -291,14 +315,20 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask, const RmsNormDevice& device) {
   check_rms_norm_backward(grad_output, input, scale, eps);
+  check_storage("rms_norm", "grad_output", grad_output);
+  check_storage("rms_norm", "input", input);
+  check_storage("rms_norm", "scale", scale);
   RmsNormBackward args;
-  if (!describe_rms_norm(input, scale, eps, &args.shape)) {
+  const bool empty = input.numel() == 0;
+  if (!empty && !describe_rms_norm(input, scale, eps, &args.shape)) {
     return composite_rms_norm_backward(grad_output, input, scale, eps, output_mask);
   }
   const at::Tensor grad_input =
       output_mask[0] ? at::empty_like(input) : at::empty({0}, input.options());
-  const at::Tensor grad_scale =
-      at::empty(output_mask[1] ? scale.sizes() : at::IntArrayRef{0}, scale.options());
+  constexpr int64_t kNone[] = {0};
+  const at::IntArrayRef grad_scale_sizes = output_mask[1] ? scale.sizes() : at::IntArrayRef(kNone);
+  if (empty) return {grad_input, at::zeros(grad_scale_sizes, scale.options())};
+  const at::Tensor grad_scale = at::empty(grad_scale_sizes, scale.options());
   if (!output_mask[0] && !output_mask[1]) return {grad_input, grad_scale};
 
   at::Tensor dy = with_adjacent_rows(grad_output);

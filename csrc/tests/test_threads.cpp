@@ -1,0 +1,122 @@
+// The library under threads, for ThreadSanitizer above all: a call that is spread over threads,
+// calls from many threads at once, and the SIMD level changed meanwhile. Whatever happens, the bits
+// are those of one call on one thread.
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "coreai_torch/cpu_level.h"
+#include "coreai_torch/rms_norm.h"
+
+using namespace coreai_torch;
+
+namespace {
+
+constexpr int kThreadsOfACall = 4;
+constexpr int kCallers = 4;
+constexpr int kCallsEach = 20;
+
+// A ParallelFor with threads of its own, each of which takes the next range that is left.
+void threads_for(int64_t begin, int64_t end, int64_t grain, ParallelBody body, void* context) {
+  std::atomic<int64_t> next{begin};
+  const auto work = [&] {
+    for (int64_t from = next.fetch_add(grain); from < end; from = next.fetch_add(grain)) {
+      body(from, from + grain < end ? from + grain : end, context);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 1; i < kThreadsOfACall; ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+}
+
+struct Data {
+  int64_t groups, inner, rows, dim;
+  std::vector<float> input, grad_output, scale;
+
+  Data(int64_t outer, int64_t groups, int64_t inner, int64_t dim)
+      : groups(groups), inner(inner), rows(outer * groups * inner), dim(dim) {
+    std::mt19937 engine(7);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < rows * dim; ++i) input.push_back(normal(engine));
+    for (int64_t i = 0; i < rows * dim; ++i) grad_output.push_back(normal(engine));
+    for (int64_t i = 0; i < groups * dim; ++i) scale.push_back(normal(engine));
+  }
+};
+
+// Output, grad_input and grad_scale, one behind the other.
+std::vector<float> run(const Data& data, ParallelFor parallel_for) {
+  const size_t size = data.input.size();
+  std::vector<float> results(2 * size + data.scale.size(), NAN);
+  RmsNormForward forward = {};
+  forward.shape.input_dtype = forward.shape.scale_dtype = DType::kFloat32;
+  forward.shape.rows = data.rows;
+  forward.shape.dim = data.dim;
+  forward.shape.groups = data.groups;
+  forward.shape.inner = data.inner;
+  forward.shape.eps = 1e-5;
+  forward.shape.row_ndim = 1;
+  forward.shape.row_sizes[0] = data.rows;
+  forward.input = data.input.data();
+  forward.scale = data.scale.data();
+  forward.output = results.data();
+  forward.input_strides[0] = forward.output_strides[0] = data.dim;
+  rms_norm_forward_cpu(forward, parallel_for);
+
+  RmsNormBackward backward = {};
+  backward.shape = forward.shape;
+  std::vector<char> workspace(size_t(rms_norm_backward_workspace_cpu(backward.shape)));
+  backward.grad_output = data.grad_output.data();
+  backward.input = data.input.data();
+  backward.scale = data.scale.data();
+  backward.grad_input = results.data() + size;
+  backward.grad_scale = results.data() + 2 * size;
+  backward.workspace = workspace.data();
+  backward.grad_output_strides[0] = data.dim;
+  backward.input_strides[0] = data.dim;
+  backward.grad_input_strides[0] = data.dim;
+  rms_norm_backward_cpu(backward, parallel_for);
+  return results;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
+
+int main() {
+  // One that is divided over rows, one over heads, and one with many chunks to add up.
+  const Data problems[] = {Data(1, 1, 300, 257), Data(3, 4, 33, 64), Data(1, 1, 6000, 16)};
+  std::atomic<int> failures{0};
+  for (const Data& data : problems) {
+    const std::vector<float> expected = run(data, serial_for);
+    std::atomic<bool> done{false};
+    std::thread switcher([&] {
+      for (int level = 0; !done; level = (level + 1) % cpu_level_count()) {
+        set_cpu_level(cpu_level_name(level));
+        std::this_thread::yield();
+      }
+    });
+    std::vector<std::thread> callers;
+    for (int i = 0; i < kCallers; ++i) {
+      callers.emplace_back([&, i] {
+        const ParallelFor parallel_for = i % 2 == 0 ? threads_for : serial_for;
+        for (int k = 0; k < kCallsEach; ++k) {
+          if (!same_bits(run(data, parallel_for), expected)) ++failures;
+        }
+      });
+    }
+    for (std::thread& caller : callers) caller.join();
+    done = true;
+    switcher.join();
+  }
+  set_cpu_level(nullptr);
+  const int runs = int(sizeof(problems) / sizeof(problems[0])) * kCallers * kCallsEach;
+  std::printf("%d runs, %d with other bits\n", runs, failures.load());
+  return failures == 0 ? 0 : 1;
+}
