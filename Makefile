@@ -14,11 +14,13 @@ NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.py
 
 CPP_FILES = $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo converter test test-slow test-cpp test-cuda test-aarch64 bench bench-cuda lint format clean
+.PHONY: help demo converter test test-slow test-cpp test-cuda test-aarch64 bench bench-cuda build docs lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+build: $(INSTALLED)  ## compile what has changed, in place
 
 demo: $(INSTALLED)  ## train a small language model with three norms; convert it where that is set up
 	$(BIN)/python examples/train_lm.py --compare --out runs/demo
@@ -62,6 +64,10 @@ bench: $(INSTALLED)  ## measure against PyTorch and write benchmarks/results/
 
 bench-cuda: $(INSTALLED)  ## measure on a CUDA card and write benchmarks/results/cuda.{json,md}
 	$(BIN)/python benchmarks/bench_rms_norm_cuda.py --json benchmarks/results/cuda.json
+
+docs: $(INSTALLED)  ## the documentation, in build/docs/html
+	$(BIN)/python -c "import furo, myst_parser" 2> /dev/null || $(BIN)/pip install -q "coreai-torch-rmsnorm[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/docs/doctrees docs build/docs/html
 
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
