@@ -3,7 +3,8 @@
 //
 //   aot_inductor FOLDER
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
+#include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/types.h>
 
 #include <fstream>
 #include <iostream>
@@ -16,7 +17,7 @@ namespace {
 torch::Tensor read_tensor(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
-  return torch::pickle_load(bytes).toTensor();
+  return torch::jit::pickle_load(bytes).toTensor();
 }
 
 }  // namespace
