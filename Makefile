@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONVERTER := $(VENV)/.converter
 
-# A CPU build of torch that is known to work. Set TORCH to use another: make TORCH=torch
+# A torch that is known to work. Set TORCH to use another: make TORCH=torch
 TORCH ?= torch==2.13.0
 
 NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt setup.py \
@@ -18,7 +18,7 @@ CPP_FILES = $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 build: $(INSTALLED)  ## compile what has changed, in place
 
