@@ -12,7 +12,7 @@ TORCH ?= torch==2.13.0
 NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt setup.py \
   pyproject.toml
 
-CPP_FILES = $$(find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $$(find csrc tests/simt examples/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo converter test test-slow test-cpp test-cuda test-aarch64 bench bench-cuda build docs lint format clean
 .DEFAULT_GOAL := help

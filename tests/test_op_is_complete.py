@@ -1,4 +1,4 @@
-"""What each op of the library must have. Whoever adds one is told what is missing, and where it goes.
+"""What each op of the library must have. Whoever adds one is told what is missing, and where.
 
 The ops are found among those that are registered. One whose name does not begin with ``fused_`` is
 public, and the ``fused_`` ones that contain its name belong to it.

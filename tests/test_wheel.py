@@ -1,4 +1,4 @@
-"""The wheel of a release: repaired, with a manylinux tag, whole, and in use where it is installed."""
+"""The wheel of a release: repaired, with a manylinux tag, whole, and in use where installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is what is installed whole, and does it compute? Run outside of a checkout: python -I smoke_test.py
+"""Is what is installed whole, and does it compute?  python -I tools/smoke_test.py
 
 Needs nothing but the package and PyTorch.
 """

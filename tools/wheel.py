@@ -1,4 +1,4 @@
-"""Make a wheel as a release would: build, repair with auditwheel, and try it in a fresh environment.
+"""Make a wheel as a release would: build it, repair it, and try it in a fresh environment.
 
     python tools/wheel.py                    # dist/*.whl
     python tools/wheel.py --test             # and use it where nothing but PyTorch is installed

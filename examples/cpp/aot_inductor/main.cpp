@@ -32,6 +32,7 @@ int main(int argc, char** argv) {
   std::vector<torch::Tensor> inputs = {read_tensor(folder + "input.pt")};
   const torch::Tensor output = model.run(inputs).at(0);
   const bool equal = torch::equal(output, read_tensor(folder + "output.pt"));
-  std::cout << "output " << output.sizes() << (equal ? " is" : " is NOT") << " Python's, to the bit\n";
+  std::cout << "output " << output.sizes() << (equal ? " is" : " is NOT")
+            << " Python's, to the bit\n";
   return equal ? 0 : 1;
 }

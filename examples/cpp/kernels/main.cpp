@@ -1,5 +1,5 @@
-// The kernels without PyTorch: forward and backward of RMSNorm on arrays of this program, on threads
-// of this program, compared with the formula in double precision.
+// The kernels without PyTorch: forward and backward of RMSNorm on arrays of this program, on
+// threads of this program, compared with the formula in double precision.
 #include <coreai_torch/cpu_level.h>
 #include <coreai_torch/rms_norm.h>
 
