@@ -35,5 +35,5 @@ except ImportError as error:
         raise _cannot_load(
             f"the compiled module is not in {pathlib.Path(__file__).parent}. If that is a checkout "
             "and the package is installed, run Python in another folder: here the checkout is found"
-        ) from error
+        ) from None  # the error itself speaks of a circular import
     raise _cannot_load(_another if _built != torch.__version__ else str(error)) from error
