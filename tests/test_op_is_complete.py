@@ -1,7 +1,7 @@
 """What each op of the library must have. Whoever adds one is told what is missing, and where.
 
-The ops are found among those that are registered. One whose name does not begin with ``fused_`` is
-public, and the ``fused_`` ones that contain its name belong to it.
+They are found among the registered ones. `coreai_torch::OP`, `fused_OP` and `fused_OP_backward` are
+one op: the first is what an exported program has, where there is one, the others have the kernels.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ def registered() -> set[str]:
     return {name.partition("::")[2] for name in names if name.startswith("coreai_torch::")}
 
 
-def public_ops() -> list[str]:
-    return sorted(name for name in registered() if not name.startswith("fused_"))
+def stem(name: str) -> str:
+    return name.removeprefix("fused_").removesuffix("_backward")
 
 
-def private_ops(op: str) -> list[str]:
-    """The fused ops of a public op: those whose name has none of another that is longer."""
-    return sorted(
-        name
-        for name in registered() - set(public_ops())
-        if max((p for p in public_ops() if p in name), key=len, default="") == op
-    )
+def found() -> list[str]:
+    return sorted({stem(name) for name in registered()})
+
+
+def with_kernels(op: str) -> list[str]:
+    return sorted({f"fused_{op}", f"fused_{op}_backward"} & registered())
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -53,7 +52,7 @@ def has_sharding(name: str) -> bool:
     return op in DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
 
 
-OF_A_PRIVATE_OP: dict[str, Callable[[str], bool]] = {
+OF_KERNELS: dict[str, Callable[[str], bool]] = {
     "CPU kernel (csrc/torch/{op}_cpu.cpp)": lambda name: has_kernel(name, "CPU"),
     "Autograd kernel (csrc/torch/{op}_autograd.cpp)": lambda name: has_kernel(name, "Autograd"),
     "formula for devices without kernels, under CompositeExplicitAutograd (csrc/torch/{op}.cpp)": (
@@ -74,14 +73,13 @@ def mentioned(op: str, *patterns: str) -> bool:
 
 
 def missing(op: str) -> Iterator[str]:
-    """What a public op does not have."""
-    if not private_ops(op):
+    if f"fused_{op}" not in registered():
         yield f"an op fused_{op} with the kernels (csrc/torch/library.cpp)"
-    for name in private_ops(op):
-        for what, present in OF_A_PRIVATE_OP.items():
+    for name in with_kernels(op):
+        for what, present in OF_KERNELS.items():
             if not present(name):
                 yield f"for {name}, a " + what.format(op=op)
-    if not has_kernel(op, "CompositeImplicitAutograd"):
+    if op in registered() and not has_kernel(op, "CompositeImplicitAutograd"):
         yield f"a CompositeImplicitAutograd kernel (coreai_torch/ops/{op}.py)"
     for module in (ops, reference):
         if op not in module.__all__ or not callable(getattr(module, op, None)):
@@ -93,8 +91,8 @@ def missing(op: str) -> Iterator[str]:
             yield f"a file of its own, coreai_torch/{folder}/{file}.py"
     if not list(ROOT.glob(f"tests/test_{op}*.py")):
         yield f"tests (tests/test_{op}*.py)"
-    if not mentioned(op, "benchmarks/*.py"):
-        yield "a benchmark (benchmarks/*.py)"
+    if not mentioned(op, "benchmarks/**/*.py"):
+        yield "a benchmark (benchmarks/)"
     if not mentioned(op, "docs/*.md", "docs/api/*.md"):
         yield "a mention on a page of the documentation (docs/)"
     if not mentioned(op, "csrc/README.md"):
@@ -106,18 +104,14 @@ def check(op: str) -> None:
     assert not lacks, f"coreai_torch::{op} lacks {lacks}. csrc/README.md says how to add an op."
 
 
-def test_there_are_ops():
-    assert "rms_norm" in public_ops()
+def test_what_belongs_together():
+    assert "rms_norm" in found()
+    assert with_kernels("rms_norm") == ["fused_rms_norm", "fused_rms_norm_backward"]
 
 
-@pytest.mark.parametrize("op", public_ops())
+@pytest.mark.parametrize("op", found())
 def test_nothing_is_missing(op):
     check(op)
-
-
-def test_no_fused_op_is_without_a_public_one():
-    of_public = {name for op in public_ops() for name in private_ops(op)}
-    assert registered() - set(public_ops()) == of_public
 
 
 @pytest.mark.skipif(not IN_CHECKOUT, reason="needs a checkout")
