@@ -67,9 +67,10 @@ OF_KERNELS: dict[str, Callable[[str], bool]] = {
 
 
 def mentioned(op: str, *patterns: str) -> bool:
-    """Whether a file has the name, and not only a longer one that contains it."""
+    """Whether a file has the name of the function, file or op, and not only a like word."""
     files = [path for pattern in patterns for path in ROOT.glob(pattern)]
-    return any(re.search(rf"\b{op}\b", file.read_text()) for file in files)
+    name = re.compile(rf"(?:ops\.|ops/|::|`|import |fused_){op}\b")
+    return any(name.search(file.read_text()) for file in files)
 
 
 def missing(op: str) -> Iterator[str]:
