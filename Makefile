@@ -6,20 +6,24 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONVERTER := $(VENV)/.converter
 
-# A CPU build of torch that is known to work. Set TORCH to use another: make TORCH=torch
+# A torch that is known to work. Set TORCH to use another: make TORCH=torch
 TORCH ?= torch==2.13.0
 
 NATIVE_SOURCES := $(shell find csrc cmake build_backend -type f -not -name '*.pyc') CMakeLists.txt setup.py \
   pyproject.toml
 
-CPP_FILES = $$(find csrc benchmarks tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP_FILES = $$(find csrc benchmarks tests/simt examples/cpp \
+  -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo converter test test-slow test-cpp test-sanitizers test-valgrind test-old-cpu \
-  test-python-sanitized test-cuda test-aarch64 bench bench-quick bench-compile bench-cuda lint format clean
+  test-python-sanitized test-cuda test-aarch64 bench bench-quick bench-compile bench-cuda build docs lint \
+  format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+build: $(INSTALLED)  ## compile what has changed, in place
 
 demo: $(INSTALLED)  ## train a small language model with three norms; convert it where that is set up
 	$(BIN)/python examples/train_lm.py --compare --out runs/demo
@@ -109,6 +113,10 @@ bench-compile: $(INSTALLED)  ## the kernels under torch.compile, and the compile
 bench-cuda: $(INSTALLED)  ## measure on a CUDA card and write benchmarks/results/cuda.{json,md}
 	$(BIN)/python -m benchmarks --device cuda --json benchmarks/results/cuda.json
 	$(BIN)/python -m benchmarks.report benchmarks/results/cuda.json --output benchmarks/results/cuda.md
+
+docs: $(INSTALLED)  ## the documentation, in build/docs/html
+	$(BIN)/python -c "import furo, myst_parser" 2> /dev/null || $(BIN)/pip install -q "coreai-torch-rmsnorm[docs]"
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/docs/doctrees docs build/docs/html
 
 lint: $(INSTALLED)  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .

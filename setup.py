@@ -161,6 +161,7 @@ class CMakeBuild(build_ext):
         )
         targets = ["_C", "package_init"]  # the latter for build_backend/
         subprocess.check_call(["ninja", "-C", str(folder), "-j", parallel_jobs(), *targets])
+        shutil.copy(folder / "compile_commands.json", ROOT / "build")  # where editors look for it
         target.joinpath(TORCH_RECORD).write_text(torch.__version__)
 
     def copy_extensions_to_source(self) -> None:

@@ -18,7 +18,8 @@ add_library(coreai_torch_cuda_kernels STATIC
   csrc/cuda/rms_norm_float32.cu
   csrc/cuda/rms_norm_float64.cu)
 target_include_directories(coreai_torch_cuda_kernels
-  PUBLIC csrc/include PRIVATE csrc/cuda csrc/cuda/platform)
+  PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc/include>
+  PRIVATE csrc/cuda csrc/cuda/platform)
 target_link_libraries(coreai_torch_cuda_kernels PUBLIC CUDA::cudart_static)
 set_target_properties(coreai_torch_cuda_kernels PROPERTIES
   CUDA_STANDARD 17

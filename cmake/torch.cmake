@@ -1,5 +1,13 @@
-# libtorch as an imported target, from the paths that setup.py asks torch for. find_package(Torch)
-# would refuse to work with a CUDA build of torch on a machine without the CUDA toolkit.
+# libtorch as the target coreai_torch_libtorch. For the Python module from the paths that setup.py asks
+# torch for: find_package(Torch) would refuse to work with a CUDA build of torch on a machine without
+# the CUDA toolkit. For C++ users from find_package, with which their own program finds it.
+if(NOT COREAI_TORCH_PYTHON)
+  find_package(Torch REQUIRED)
+  add_library(coreai_torch_libtorch INTERFACE)
+  target_link_libraries(coreai_torch_libtorch INTERFACE ${TORCH_LIBRARIES})
+  return()
+endif()
+
 foreach(variable TORCH_INCLUDE_DIRS TORCH_LIBRARY_DIRS TORCH_CXX11_ABI)
   if(NOT DEFINED ${variable})
     message(FATAL_ERROR

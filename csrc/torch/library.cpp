@@ -1,4 +1,4 @@
-// Every schema of the library, and nothing else.
+// Every schema of the library, and nothing else
 #include <torch/library.h>
 
 TORCH_LIBRARY(coreai_torch, m) {
