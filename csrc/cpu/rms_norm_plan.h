@@ -17,7 +17,7 @@ struct BackwardPlan {
 };
 
 constexpr int kBlockRows = 4;
-constexpr int64_t kMaxChunkRows = 128;        // keeps sums short, and the workspace below 1 %
+constexpr int64_t kMaxChunkRows = 64;         // keeps sums short, and the workspace below 2 %
 constexpr int64_t kMinChunkElements = 32768;  // worth a task of its own
 constexpr int64_t kChunksForThreads = 64;     // enough for every thread to get some
 
