@@ -347,7 +347,7 @@ MISTAKES = {
         instead("const bool live = row < args.layout.rows;", "const bool live = true;"),
         64,
         # or in the buffer that happens to be next to it
-        "runs past the end of input|outside of every buffer|of output",
+        "runs past the end of input|outside of every buffer|output at byte",
     ),
     "other blocks of the cluster may not have started": (
         "rms_norm_forward.cuh",
