@@ -196,11 +196,12 @@ __global__ void __launch_bounds__(kWideBlock)
     Pack<Input, N> x[kWideBatch];
 #pragma unroll
     for (int i = 0; i < kWideBatch; ++i) {
-      if (first + i * step >= args.dim) break;
-      if constexpr (kAdds) {
-        x[i].load_stored(new_residual + first + i * step);
-      } else {
-        x[i].load_streaming(input + first + i * step);
+      if (first + i * step < args.dim) {
+        if constexpr (kAdds) {
+          x[i].load_stored(new_residual + first + i * step);
+        } else {
+          x[i].load_streaming(input + first + i * step);
+        }
       }
     }
 #pragma unroll
