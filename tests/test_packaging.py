@@ -7,12 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 
 import pytest
-import torch
 from environments import ROOT, run
 
 IN_CHECKOUT = (ROOT / "setup.py").exists()
@@ -111,35 +109,3 @@ def test_checkpoints_are_loaded_without_running_what_is_in_them():
                 assert "weights_only=True" in arguments, f"{path}: {arguments}"
                 loads += 1
     assert loads >= 2
-
-
-@pytest.mark.parametrize(
-    ("record", "module", "reason"),
-    [
-        ("2.9.0", "broken", "it was built against torch 2.9.0, but torch "),
-        (None, "missing", "the compiled module is not there"),
-        (torch.__version__, "broken", "file too short"),
-    ],
-)
-def test_a_module_that_does_not_load_is_explained(tmp_path, record, module, reason):
-    """Built against another torch: one sentence with the cure, not an undefined symbol."""
-    package = tmp_path / "coreai_torch"
-    ignored = shutil.ignore_patterns("*.so", "_build_torch_version", "__pycache__")
-    shutil.copytree(ROOT / "coreai_torch", package, ignore=ignored)
-    if record is not None:
-        (package / "_build_torch_version").write_text(record)
-    if module == "broken":
-        (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"\x7fELF")
-    done = subprocess.run(
-        [sys.executable, "-c", "import coreai_torch"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: coreai_torch cannot load its kernels: ")
-    assert reason in last
-    assert "pip install --force-reinstall --no-deps --no-build-isolation ." in last

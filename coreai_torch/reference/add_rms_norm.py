@@ -53,7 +53,10 @@ def add_then(
 
 def are_alike(input: Tensor, residual: Tensor) -> bool:
     """Whether the add neither promotes nor broadcasts, which is what the fused op takes."""
-    return input.dtype == residual.dtype and input.shape == residual.shape
+    try:
+        return input.dtype == residual.dtype and input.shape == residual.shape
+    except (AttributeError, RuntimeError):  # not tensors that have a shape; the checks say so
+        return False
 
 
 def check_add_rms_norm(input: Tensor, residual: Tensor, scale: Tensor, eps: float) -> None:
