@@ -18,9 +18,9 @@ std::string name_of(at::ScalarType type);  // as Python prints it
 // Raise what the error contract says, in the name of `op`; coreai_torch/reference/rms_norm.py has
 // the same in Python.
 //
-// check_tensor: there is one (where Python has None, the dispatcher passes an undefined one), and it
-// has sizes and strides. check_storage: it has not been resized behind the back of its tensors, as
-// FSDP does to free parameters.
+// check_tensor: there is one (where Python has None, the dispatcher passes an undefined one), and
+// it has sizes and strides. check_storage: it has not been resized behind the back of its tensors,
+// as FSDP does to free parameters.
 void check_tensor(const char* op, const char* name, const at::Tensor& tensor);
 void check_storage(const char* op, const char* name, const at::Tensor& tensor);
 void check_dense(const char* op, const char* name, const at::Tensor& tensor);
