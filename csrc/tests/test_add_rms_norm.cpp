@@ -3,33 +3,16 @@
 // adds one gradient more, and is held against double precision.
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <random>
 #include <vector>
 
 #include "coreai_torch/add_rms_norm.h"
 #include "coreai_torch/cpu_level.h"
+#include "testing.h"
 
 using namespace coreai_torch;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (0)
-
-// Splits every range into single indices, last first: the result must not notice.
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end - 1; i >= begin; --i) body(i, i + 1, context);
-}
 
 struct Problem {
   int64_t outer, groups, inner, dim;
@@ -54,10 +37,6 @@ struct Matrix {
   float* at(int64_t row) { return &elements[size_t(row * stride)]; }
   const float* at(int64_t row) const { return &elements[size_t(row * stride)]; }
 };
-
-bool same_bits(const Vector& a, const Vector& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
 
 struct Data {
   Matrix input, residual, grad_output, grad_new_residual;  // all of different strides

@@ -2,33 +2,16 @@
 // against the others bit for bit, any division into ranges, strides, groups, and unwritten memory.
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <random>
 #include <vector>
 
 #include "coreai_torch/cpu_level.h"
 #include "coreai_torch/rms_norm.h"
+#include "testing.h"
 
 using namespace coreai_torch;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                     \
-  do {                                                            \
-    if (!(condition)) {                                           \
-      ++failures;                                                 \
-      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                                   \
-      std::printf("\n");                                          \
-    }                                                             \
-  } while (0)
-
-// Splits every range into single indices, last first: the result must not notice.
-void scattered_for(int64_t begin, int64_t end, int64_t, ParallelBody body, void* context) {
-  for (int64_t i = end - 1; i >= begin; --i) body(i, i + 1, context);
-}
 
 struct Problem {
   int64_t outer, groups, inner, dim, padding;
@@ -39,12 +22,8 @@ struct Problem {
 struct Result {
   std::vector<float> output, grad_input, grad_scale;
   bool operator==(const Result& other) const {
-    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
-      if (a.size() != b.size()) return false;
-      return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-    };
-    return same(output, other.output) && same(grad_input, other.grad_input) &&
-           same(grad_scale, other.grad_scale);
+    return same_bits(output, other.output) && same_bits(grad_input, other.grad_input) &&
+           same_bits(grad_scale, other.grad_scale);
   }
 };
 
