@@ -194,37 +194,39 @@ inline void row_sums(int64_t dim, const Terms& terms, Vector* lanes, Real (*left
   const int64_t round = int64_t(1) << power;
   if (steps < round) {
     sum_steps(0, steps);
-  } else {  // in memory, to leave the registers to the steps
-    alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes] = {};
-    const auto add_to = [&](Real(&level)[N][kStepLanes]) {
+  } else {  // the levels are in memory, to leave the registers to the steps
+    alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes];
+    bool filled[kCascadeLevels - 1] = {};
+    const auto add_level = [&](int level) {
       for (int q = 0; q < N; ++q) {
         for (int p = 0; p < kStepPairs; ++p) {
-          Real* place = &level[q][p * Pair::kLanes];
-          sum[q][p] = load(place) + sum[q][p];
-          store(place, sum[q][p]);
+          sum[q][p] = load(&carried[level][q][p * Pair::kLanes]) + sum[q][p];
         }
       }
+    };
+    const auto carry_to = [&](int level) {
+      if (filled[level]) add_level(level);
+      for (int q = 0; q < N; ++q) {
+        for (int p = 0; p < kStepPairs; ++p) {
+          store(&carried[level][q][p * Pair::kLanes], sum[q][p]);
+        }
+      }
+      filled[level] = true;
     };
     int64_t step = 0;
     while (step + round <= steps) {
       sum_steps(step, step + round);
       step += round;
-      add_to(carried[0]);
+      carry_to(0);
       for (int level = 1; level < kCascadeLevels - 1; ++level) {
         if (step & ((round - 1) << (level * power))) break;
-        add_to(carried[level]);
-        for (auto& place : carried[level - 1]) {
-          for (Real& lane : place) lane = 0;
-        }
+        carry_to(level);
+        filled[level - 1] = false;
       }
     }
     sum_steps(step, steps);
-    for (auto& level : carried) {
-      for (int q = 0; q < N; ++q) {
-        for (int p = 0; p < kStepPairs; ++p) {
-          sum[q][p] = sum[q][p] + load(&level[q][p * Pair::kLanes]);
-        }
-      }
+    for (int level = 0; level < kCascadeLevels - 1; ++level) {
+      if (filled[level]) add_level(level);
     }
   }
 
