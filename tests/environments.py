@@ -99,6 +99,7 @@ class Environment:
 
     @staticmethod
     def variables(path: Path | None = None) -> dict[str, str]:
-        """The tests' own environment variables, but for PYTHONPATH."""
-        others = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        """The tests' own, but for PYTHONPATH, and for CI's pins: a test may install others."""
+        left_out = ("PYTHONPATH", "PIP_CONSTRAINT")
+        others = {name: value for name, value in os.environ.items() if name not in left_out}
         return others | ({"PYTHONPATH": str(path)} if path else {})
