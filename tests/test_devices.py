@@ -58,7 +58,11 @@ def test_same_layouts_as_the_kernels(on, make):
     )
     for ours, kernel_s in zip(grads, expected, strict=True):
         assert ours.stride() == kernel_s.stride()
-        torch.testing.assert_close(ours, kernel_s)
+    # grad_input is a difference of terms, and rounded as they are.
+    rstd = (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    terms = (y * w).abs().amax(-1, keepdim=True) * rstd
+    assert ((grads[0] - expected[0]).abs() <= 1e-6 * terms).all()
+    torch.testing.assert_close(grads[1], expected[1])
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
