@@ -79,8 +79,8 @@ test-python-sanitized: $(INSTALLED)  ## Python tests and the fuzzer, under Addre
 
 # valgrind does not know AVX-512 and hides it, so the levels up to x86-64-v3 are run.
 test-valgrind: test-cpp  ## the C++ tests under valgrind's memcheck
-	for test in rms_norm threads; do \
-	  valgrind -q --error-exitcode=1 --leak-check=full build/cpp/test_$$test || exit 1; \
+	for test in build/cpp/test_*; do \
+	  valgrind -q --error-exitcode=1 --leak-check=full $$test || exit 1; \
 	done
 
 test-old-cpu: test-cpp  ## the C++ tests on emulated processors without AVX and without AVX-512

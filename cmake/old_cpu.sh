@@ -7,8 +7,8 @@ build=$1
 # off is what the emulator does not have and would warn of.
 for cpu in Nehalem Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-invpcid,-rtm; do
   echo "${cpu%%,*}:"
-  for test in rms_norm threads; do
-    qemu-x86_64-static -cpu "$cpu" "$build/test_$test"
+  for test in "$build"/test_*; do
+    qemu-x86_64-static -cpu "$cpu" "$test"
   done
 done
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from coreai_torch import ops, reference
+from coreai_torch.backends import cpu
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = (*FLOATS, torch.float64)
@@ -34,6 +36,28 @@ def with_gradients(
     assert x.grad is not None
     assert w.grad is not None
     return y.detach(), x.grad, w.grad
+
+
+# Shapes of input and scale for the following: many rows, few long ones, a scale for each head.
+REPRODUCIBLE = [((2000, 96), (96,)), ((65, 1000), (1000,)), ((2, 4, 300, 64), (4, 1, 64))]
+
+
+def assert_same_bits_at_every_level_and_number_of_threads(
+    run: Callable[[], Sequence[Tensor]],
+) -> None:
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for name in cpu.supported_levels():
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                with cpu.level(name):
+                    results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 def oracle(

@@ -14,7 +14,9 @@ from cases import (
     DTYPES,
     FLOATS,
     PAIRS,
+    REPRODUCIBLE,
     assert_no_worse,
+    assert_same_bits_at_every_level_and_number_of_threads,
     names,
     oracle,
 )
@@ -31,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 
 import coreai_torch
 from coreai_torch import ops, reference
-from coreai_torch.backends import cpu
 from coreai_torch.reference.rms_norm import output_dtype
 
 FORWARD = torch.ops.coreai_torch.fused_add_rms_norm.default
@@ -271,25 +272,13 @@ def test_gradients_of_sums():
         torch.testing.assert_close(a, b)
 
 
-REPRODUCIBLE = [((2000, 96), (96,)), ((65, 1000), (1000,)), ((2, 4, 300, 64), (4, 1, 64))]
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids=names)
 @pytest.mark.parametrize(("shape", "scale"), REPRODUCIBLE, ids=str)
 def test_same_bits_at_every_level_and_number_of_threads(pair, shape, scale):
     arguments = make(shape, pair, scale)
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for name in cpu.supported_levels():
-            for count in (1, 2, 3, 7):
-                torch.set_num_threads(count)
-                with cpu.level(name):
-                    results.append(with_gradients(ops.add_rms_norm, *arguments))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits_at_every_level_and_number_of_threads(
+        lambda: with_gradients(ops.add_rms_norm, *arguments)
+    )
 
 
 @pytest.mark.parametrize("scale", [(6,), (2, 1, 6), (3, 1, 4, 6)], ids=str)

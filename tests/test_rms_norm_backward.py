@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import FLOATS, PAIRS, assert_as_accurate_as_reference, names, with_gradients
+from cases import (
+    FLOATS,
+    PAIRS,
+    REPRODUCIBLE,
+    assert_as_accurate_as_reference,
+    assert_same_bits_at_every_level_and_number_of_threads,
+    names,
+    with_gradients,
+)
 from test_rms_norm_forward import LAYOUTS, SCALES
 
 from coreai_torch import ops, reference
-from coreai_torch.backends import cpu
 
 SHAPES = [(1, 64), (150, 33), (64, 128), (100, 1000), (300, 513), (2000, 96), (33, 4096)]
 
@@ -106,27 +113,14 @@ def test_zero_rows():
     assert torch.equal(w.grad, torch.zeros(8))
 
 
-REPRODUCIBLE = [((2000, 96), (96,)), ((65, 1000), (1000,)), ((2, 4, 300, 64), (4, 1, 64))]
-
-
 @pytest.mark.parametrize("pair", PAIRS, ids=names)
 @pytest.mark.parametrize(("shape", "scale"), REPRODUCIBLE, ids=str)
 def test_same_bits_at_every_level_and_number_of_threads(pair, shape, scale):
     x, g = torch.randn(shape).to(pair[0]), torch.randn(shape)
     w = torch.randn(scale).to(pair[1])
-    results = []
-    threads = torch.get_num_threads()
-    try:
-        for name in cpu.supported_levels():
-            for count in (1, 2, 3, 7):
-                torch.set_num_threads(count)
-                with cpu.level(name):
-                    results.append(with_gradients(ops.rms_norm, x, w, g, 1e-5))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+    assert_same_bits_at_every_level_and_number_of_threads(
+        lambda: with_gradients(ops.rms_norm, x, w, g, 1e-5)
+    )
 
 
 def test_saved_for_backward_are_input_and_scale_only():

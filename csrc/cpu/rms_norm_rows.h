@@ -32,7 +32,7 @@ struct DTypeRule {
 
 // A number of rows, as a type: sizeof gives it back.
 template <int kRows>
-struct Rows {
+struct RowCount {
   char rows[kRows];
 };
 
@@ -376,9 +376,9 @@ inline void backward_statistics(
   };
   if (rows == kBlockRows) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; r += kBackwardSumRows) sum(Rows<kBackwardSumRows>(), r);
+    for (int r = 0; r < kBlockRows; r += kBackwardSumRows) sum(RowCount<kBackwardSumRows>(), r);
   } else {
-    for (int r = 0; r < rows; ++r) sum(Rows<1>(), r);
+    for (int r = 0; r < rows; ++r) sum(RowCount<1>(), r);
     for (int r = rows; r < kQuad; ++r) {
       squares[r] = squares[0];
       products[r] = products[0];

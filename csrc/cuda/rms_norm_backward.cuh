@@ -450,28 +450,22 @@ struct BackwardPlan {
 template <class Call>
 constexpr bool kBackwardAdds = kIsSame<Call, AddRmsNormBackward>;
 
-template <class Call>
-BackwardArgs<false> backward_args(const RmsNormBackward& call, const BackwardPlan<Call>& plan) {
-  const RmsNormShape& shape = call.shape;
-  return {
-      call.grad_output,
-      call.input,
-      call.scale,
-      call.grad_input,
-      call.grad_scale,
-      call.workspace,
-      static_cast<char*>(call.workspace) + plan.partial_bytes,
-      shape.dim,
-      shape.rows / shape.groups,
-      plan.parts,
-      shape.eps,
-      RowLayout<3>(shape, {call.grad_output_strides, call.input_strides, call.grad_input_strides}),
-      nullptr};
+inline RowLayout<3> layout_of(const RmsNormBackward& call) {
+  return {call.shape, {call.grad_output_strides, call.input_strides, call.grad_input_strides}};
 }
-template <class Call>
-BackwardArgs<true> backward_args(const AddRmsNormBackward& call, const BackwardPlan<Call>& plan) {
-  const RmsNormShape& shape = call.shape;
+inline RowLayout<4> layout_of(const AddRmsNormBackward& call) {
   return {
+      call.shape,
+      {call.grad_output_strides, call.input_strides, call.grad_input_strides,
+       call.grad_new_residual_strides}};
+}
+
+// The plan may be that of an AddRmsNormBackward whose RmsNormBackward part is `call`.
+template <class Call, class Planned>
+BackwardArgs<kBackwardAdds<Call>> backward_args(
+    const Call& call, const BackwardPlan<Planned>& plan) {
+  const RmsNormShape& shape = call.shape;
+  BackwardArgs<kBackwardAdds<Call>> args = {
       call.grad_output,
       call.input,
       call.scale,
@@ -483,10 +477,10 @@ BackwardArgs<true> backward_args(const AddRmsNormBackward& call, const BackwardP
       shape.rows / shape.groups,
       plan.parts,
       shape.eps,
-      RowLayout<4>(
-          shape, {call.grad_output_strides, call.input_strides, call.grad_input_strides,
-                  call.grad_new_residual_strides}),
-      call.grad_new_residual};
+      layout_of(call),
+      nullptr};
+  if constexpr (kBackwardAdds<Call>) args.grad_new_residual = call.grad_new_residual;
+  return args;
 }
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }

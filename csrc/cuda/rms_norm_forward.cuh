@@ -254,33 +254,13 @@ cudaError_t forward_with_access(const ForwardArgs<kAdds>& args, int device, cuda
       args.layout.rows, 1);
 }
 
-inline ForwardArgs<false> forward_args(const RmsNormForward& call) {
-  const RmsNormShape& shape = call.shape;
-  return {
-      call.input,
-      call.scale,
-      call.output,
-      shape.dim,
-      0,
-      shape.eps,
-      RowLayout<2>(shape, {call.input_strides, call.output_strides}),
-      nullptr,
-      nullptr};
+inline RowLayout<2> layout_of(const RmsNormForward& call) {
+  return {call.shape, {call.input_strides, call.output_strides}};
 }
-inline ForwardArgs<true> forward_args(const AddRmsNormForward& call) {
-  const RmsNormShape& shape = call.shape;
+inline RowLayout<4> layout_of(const AddRmsNormForward& call) {
   return {
-      call.input,
-      call.scale,
-      call.output,
-      shape.dim,
-      0,
-      shape.eps,
-      RowLayout<4>(
-          shape, {call.input_strides, call.output_strides, call.residual_strides,
-                  call.new_residual_strides}),
-      call.residual,
-      call.new_residual};
+      call.shape,
+      {call.input_strides, call.output_strides, call.residual_strides, call.new_residual_strides}};
 }
 
 // Call is RmsNormForward or AddRmsNormForward.
@@ -288,7 +268,12 @@ template <class Input, class Scale, class Call>
 cudaError_t rms_norm_forward(const Call& call, int device, cudaStream_t stream) {
   constexpr bool kAdds = kIsSame<Call, AddRmsNormForward>;
   const RmsNormShape& shape = call.shape;
-  const auto args = forward_args(call);
+  ForwardArgs<kAdds> args = {call.input, call.scale,      call.output, shape.dim, 0,
+                             shape.eps,  layout_of(call), nullptr,     nullptr};
+  if constexpr (kAdds) {
+    args.residual = call.residual;
+    args.new_residual = call.new_residual;
+  }
   if constexpr (kHasRowKernels<Input>) {
     constexpr int N = kAccessElements<Input>;
     bool aligned = shape.dim % N == 0 &&

@@ -63,23 +63,10 @@ struct Result {
   }
 };
 
-RmsNormShape shape_of(const Problem& p) {
-  RmsNormShape shape = {};
-  shape.input_dtype = shape.scale_dtype = DType::kFloat32;
-  shape.rows = p.rows();
-  shape.dim = p.dim;
-  shape.groups = p.groups;
-  shape.inner = p.inner;
-  shape.eps = 1e-5;
-  shape.row_ndim = 1;
-  shape.row_sizes[0] = p.rows();
-  return shape;
-}
-
 void describe(
     RmsNormForward& forward, const Problem& p, const Matrix& input, const Data& data,
     Matrix& output) {
-  forward.shape = shape_of(p);
+  forward.shape = shape_of(p.rows(), p.groups, p.inner, p.dim);
   forward.input = input.elements.data();
   forward.scale = data.scale.data();
   forward.output = output.elements.data();
@@ -90,7 +77,7 @@ void describe(
 void describe(
     RmsNormBackward& backward, const Problem& p, const Data& data, std::vector<char>& workspace,
     Result& result) {
-  backward.shape = shape_of(p);
+  backward.shape = shape_of(p.rows(), p.groups, p.inner, p.dim);
   workspace.assign(size_t(rms_norm_backward_workspace_cpu(backward.shape)), char(0xff));
   backward.grad_output = data.grad_output.elements.data();
   backward.input = result.new_residual.elements.data();

@@ -38,19 +38,6 @@ struct Data {
   }
 };
 
-RmsNormShape shape_of(const Problem& p) {
-  RmsNormShape shape = {};
-  shape.input_dtype = shape.scale_dtype = DType::kFloat32;
-  shape.rows = p.rows();
-  shape.dim = p.dim;
-  shape.groups = p.groups;
-  shape.inner = p.inner;
-  shape.eps = 1e-5;
-  shape.row_ndim = 1;
-  shape.row_sizes[0] = p.rows();
-  return shape;
-}
-
 Result run(const Problem& p, const Data& data, ParallelFor parallel_for) {
   const size_t size = size_t(p.rows() * p.stride());
   Result result{
@@ -58,7 +45,7 @@ Result run(const Problem& p, const Data& data, ParallelFor parallel_for) {
       std::vector<float>(data.scale.size(), NAN)};
 
   RmsNormForward forward;
-  forward.shape = shape_of(p);
+  forward.shape = shape_of(p.rows(), p.groups, p.inner, p.dim);
   forward.input = data.input.data();
   forward.scale = data.scale.data();
   forward.output = result.output.data();

@@ -23,9 +23,7 @@ void check_like(
   TORCH_CHECK(
       tensor.scalar_type() == input.scalar_type(), kOp, ": expected ", name, " of the dtype of ",
       of, ", ", name_of(input.scalar_type()), ", got ", name_of(tensor.scalar_type()));
-  TORCH_CHECK(
-      tensor.device() == input.device(), kOp, ": expected ", name, " on the device of ", of, ", ",
-      input.device(), ", got ", tensor.device(), "; move one of them with .to()");
+  check_device(kOp, name, tensor, input, of);
 }
 
 // The dtype in which the kernels take the scale. Beside input that is not of 16 bits, a lower one
@@ -40,11 +38,6 @@ bool describe_add_rms_norm(
   if (!describe_rms_norm(input, scale, eps, shape)) return false;
   if (input.element_size() != 2) shape->scale_dtype = shape->input_dtype;
   return add_rms_norm_has_kernels(shape->input_dtype, shape->scale_dtype);
-}
-
-// What the kernels write to: `result`, or something that is copied to it.
-at::Tensor written_for(const at::Tensor& result) {
-  return has_adjacent_rows(result) ? result : at::empty(result.sizes(), result.options());
 }
 
 }  // namespace

@@ -1,8 +1,5 @@
 // Autograd of add_rms_norm. Saved for backward: new_residual, which is an output, and scale,
 // nothing else. A gradient of one output alone is what rms_norm or the add have for it.
-#include <initializer_list>
-#include <utility>
-
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -111,15 +108,11 @@ class AddRmsNormFunction : public torch::autograd::Function<AddRmsNormFunction> 
   }
 };
 
-void check_tensors(std::initializer_list<std::pair<const char*, const at::Tensor&>> tensors) {
-  for (const auto& [name, tensor] : tensors) check_tensor("add_rms_norm", name, tensor);
-}
-
 // A forward tangent is carried through the formula in ATen operations; so is one that comes where
 // no gradient is recorded.
 std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm_autograd(
     const at::Tensor& input, const at::Tensor& residual, const at::Tensor& scale, double eps) {
-  check_tensors({{"input", input}, {"residual", residual}, {"scale", scale}});
+  check_tensors("add_rms_norm", {{"input", input}, {"residual", residual}, {"scale", scale}});
   if (have_tangent(input, residual, scale)) {
     return composite_add_rms_norm(input, residual, scale, eps);
   }
@@ -137,10 +130,10 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm_backward_autograd(
     const at::Tensor& new_residual, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask) {
   check_tensors(
-      {{"grad_output", grad_output},
-       {"grad_new_residual", grad_new_residual},
-       {"new_residual", new_residual},
-       {"scale", scale}});
+      "add_rms_norm", {{"grad_output", grad_output},
+                       {"grad_new_residual", grad_new_residual},
+                       {"new_residual", new_residual},
+                       {"scale", scale}});
   if (have_tangent(grad_output, grad_new_residual, new_residual, scale)) {
     return composite_add_rms_norm_backward(
         grad_output, grad_new_residual, new_residual, scale, eps, output_mask);

@@ -53,6 +53,11 @@ void check_tensor(const char* op, const char* name, const at::Tensor& tensor) {
       " to be a dense tensor, got a nested tensor; convert it with .to_padded_tensor()");
 }
 
+void check_tensors(
+    const char* op, std::initializer_list<std::pair<const char*, const at::Tensor&>> tensors) {
+  for (const auto& [name, tensor] : tensors) check_tensor(op, name, tensor);
+}
+
 void check_storage(const char* op, const char* name, const at::Tensor& tensor) {
   const size_t needed = at::detail::computeStorageNbytes(
       tensor.sizes(), tensor.strides(), tensor.element_size(), tensor.storage_offset());
@@ -70,9 +75,10 @@ void check_dense(const char* op, const char* name, const at::Tensor& tensor) {
 }
 
 void check_device(
-    const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input) {
+    const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input,
+    const char* of) {
   TORCH_CHECK(
-      tensor.device() == input.device(), op, ": expected ", name, " on the device of input, ",
+      tensor.device() == input.device(), op, ": expected ", name, " on the device of ", of, ", ",
       input.device(), ", got ", tensor.device(), "; move one of them with .to()");
 }
 
@@ -275,6 +281,10 @@ at::Tensor with_adjacent_rows(const at::Tensor& tensor) {
   return base.contiguous().expand(tensor.sizes());
 }
 
+at::Tensor written_for(const at::Tensor& result) {
+  return has_adjacent_rows(result) ? result : at::empty(result.sizes(), result.options());
+}
+
 at::Tensor fused_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, const RmsNormDevice& device) {
   check_rms_norm(input, scale, eps);
@@ -290,7 +300,7 @@ at::Tensor fused_rms_norm(
   }
   const at::Tensor output = at::empty_like(input, output_options);
   at::Tensor x = with_adjacent_rows(input);
-  at::Tensor y = has_adjacent_rows(output) ? output : at::empty(output.sizes(), output.options());
+  at::Tensor y = written_for(output);
   const auto describe = [&] {
     describe_rows(
         input.sizes(), {{x.strides(), args.input_strides}, {y.strides(), args.output_strides}},
@@ -333,10 +343,8 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
 
   at::Tensor dy = with_adjacent_rows(grad_output);
   at::Tensor x = with_adjacent_rows(input);
-  at::Tensor dx;  // where the kernels write: grad_input, or something that is copied to it
-  if (output_mask[0]) {
-    dx = has_adjacent_rows(grad_input) ? grad_input : at::empty(input.sizes(), input.options());
-  }
+  at::Tensor dx;
+  if (output_mask[0]) dx = written_for(grad_input);
   const auto describe = [&] {
     describe_rows(
         input.sizes(),

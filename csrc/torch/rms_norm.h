@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include <ATen/core/Tensor.h>
 
@@ -22,10 +23,14 @@ std::string name_of(at::ScalarType type);  // as Python prints it
 // it has sizes and strides. check_storage: it has not been resized behind the back of its tensors,
 // as FSDP does to free parameters.
 void check_tensor(const char* op, const char* name, const at::Tensor& tensor);
+void check_tensors(
+    const char* op, std::initializer_list<std::pair<const char*, const at::Tensor&>> tensors);
 void check_storage(const char* op, const char* name, const at::Tensor& tensor);
 void check_dense(const char* op, const char* name, const at::Tensor& tensor);
+// `of` is what the user knows `input` as.
 void check_device(
-    const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input);
+    const char* op, const char* name, const at::Tensor& tensor, const at::Tensor& input,
+    const char* of = "input");
 void check_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, const char* op = "rms_norm");
 void check_rms_norm_backward(
@@ -80,6 +85,8 @@ bool has_adjacent_rows(const at::Tensor& tensor);
 // `tensor` itself where they are, else a copy in which they are and in which expanded dimensions
 // stay expanded.
 at::Tensor with_adjacent_rows(const at::Tensor& tensor);
+// What the kernels write to: `result` where they are, else something that is copied to it.
+at::Tensor written_for(const at::Tensor& result);
 
 // ---- the call ----------------------------------------------------------------------------------
 

@@ -93,8 +93,7 @@ class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
 // A forward tangent is carried through the formula in ATen operations; so is one that comes where
 // no gradient is recorded.
 at::Tensor fused_rms_norm_autograd(const at::Tensor& input, const at::Tensor& scale, double eps) {
-  check_tensor("rms_norm", "input", input);
-  check_tensor("rms_norm", "scale", scale);
+  check_tensors("rms_norm", {{"input", input}, {"scale", scale}});
   if (have_tangent(input, scale)) return composite_rms_norm(input, scale, eps);
   if (!require_grad(input, scale)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -107,9 +106,7 @@ at::Tensor fused_rms_norm_autograd(const at::Tensor& input, const at::Tensor& sc
 std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward_autograd(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask) {
-  check_tensor("rms_norm", "grad_output", grad_output);
-  check_tensor("rms_norm", "input", input);
-  check_tensor("rms_norm", "scale", scale);
+  check_tensors("rms_norm", {{"grad_output", grad_output}, {"input", input}, {"scale", scale}});
   if (have_tangent(grad_output, input, scale)) {
     return composite_rms_norm_backward(grad_output, input, scale, eps, output_mask);
   }
