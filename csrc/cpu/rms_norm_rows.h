@@ -30,12 +30,6 @@ struct DTypeRule {
   using Output = typename Conditional<kOutputIsInput, Input, float>::type;
 };
 
-// A number of rows, as a type: sizeof gives it back.
-template <int kRows>
-struct RowCount {
-  char rows[kRows];
-};
-
 // Walks through rows and keeps the offset, in elements, of the current row in each of N operands.
 template <int N>
 class RowCursor {
@@ -48,28 +42,49 @@ class RowCursor {
 
   void seek(int64_t row) {
     for (int n = 0; n < N; ++n) offset_[n] = 0;
+    left_ = INT64_MAX;
     for (int d = shape_.row_ndim - 1; d >= 0; --d) {
       const int64_t rest = d > 0 ? row / shape_.row_sizes[d] : 0;
       index_[d] = row - rest * shape_.row_sizes[d];
       for (int n = 0; n < N; ++n) offset_[n] += index_[d] * strides_[n][d];
       row = rest;
     }
+    start_last();
   }
 
-  void next() {
-    for (int d = shape_.row_ndim - 1; d >= 0; --d) {
-      for (int n = 0; n < N; ++n) offset_[n] += strides_[n][d];
-      if (++index_[d] < shape_.row_sizes[d] || d == 0) return;
-      for (int n = 0; n < N; ++n) offset_[n] -= index_[d] * strides_[n][d];
-      index_[d] = 0;
-    }
+  COREAI_TORCH_INLINE void next() {
+    for (int n = 0; n < N; ++n) offset_[n] += step_[n];
+    if (--left_ == 0) carry();
   }
 
  private:
+  // Of the last row dimension left_ rows are left, step_ apart; its index_ is not kept up to date.
+  void start_last() {
+    const int last = shape_.row_ndim - 1;
+    left_ = last > 0 ? shape_.row_sizes[last] - index_[last] : INT64_MAX;
+    for (int n = 0; n < N; ++n) step_[n] = last >= 0 ? strides_[n][last] : 0;
+  }
+
+  // After the last row of the last dimension.
+  __attribute__((noinline)) void carry() {
+    int d = shape_.row_ndim - 1;
+    index_[d] = shape_.row_sizes[d];
+    while (d > 0 && index_[d] == shape_.row_sizes[d]) {
+      for (int n = 0; n < N; ++n) offset_[n] -= index_[d] * strides_[n][d];
+      index_[d] = 0;
+      --d;
+      for (int n = 0; n < N; ++n) offset_[n] += strides_[n][d];
+      ++index_[d];
+    }
+    start_last();
+  }
+
   const RmsNormShape& shape_;
   const int64_t* strides_[N];
   int64_t index_[kMaxDims];
   int64_t offset_[N];
+  int64_t step_[N];
+  int64_t left_;
 };
 
 template <class T>
@@ -178,27 +193,25 @@ struct SummedRows {
 
 // 1/rms of rows [first, first + kRows), in the first kRows places.
 template <int kRows, class Rows>
-inline Quad forward_rstd(const RmsNormShape& shape, const Rows& rows, int first) {
+COREAI_TORCH_INLINE Quad
+forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& rows, int first) {
   constexpr int kGroup = kRows < kForwardRows ? kRows : kForwardRows;
   Vector lanes[kQuad];
-  Real left[kQuad][kVectorLanes];
-#pragma GCC unroll 4
-  for (int begin = 0; begin < kRows; begin += kGroup) {
+  Real left[kQuad][kVectorLanes] = {};
+  unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
+    constexpr int kBegin = decltype(group)::value * kGroup;
     row_sums<InOrder, kGroup>(
-        shape.dim,
-        [&](auto part, int64_t i, Pair* terms) {
-          for (int r = 0; r < kGroup; ++r) {
-            const Pair x = rows.first(part, first + begin + r, i);
+        length,
+        [=, &rows](auto part, int64_t i, Pair* terms) COREAI_TORCH_INLINE_LAMBDA {
+          unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
+            const Pair x = rows.first(part, first + kBegin + r, i);
             terms[r] = x * x;
-          }
+          });
         },
-        lanes + begin, left + begin);
-  }
-  for (int r = kRows; r < kQuad; ++r) {
-    lanes[r] = lanes[0];
-    for (int i = 0; i < kVectorLanes; ++i) left[r][i] = left[0][i];
-  }
-  return rstd_of(InOrder::finish(lanes, left, shape.dim), shape);
+        lanes + kBegin, left + kBegin);
+  });
+  for (int r = kRows; r < kQuad; ++r) lanes[r] = lanes[0];
+  return rstd_of(InOrder::finish(lanes, left, length.left), shape);
 }
 
 // Writes rows [first, first + kRows), and asks for those that are `ahead` rows further.
@@ -208,23 +221,28 @@ inline void forward_rows(
     int ahead) {
   constexpr int kGroup = kRows < kForwardRows ? kRows : kForwardRows;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
-#pragma GCC unroll 4
-  for (int begin = 0; begin < kRows; begin += kGroup) {
+  unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
+    constexpr int kBegin = decltype(group)::value * kGroup;
     Pair rstd[kGroup];
-    for (int r = 0; r < kGroup; ++r) rstd[r] = splat(rstds[begin + r]);
-    for_each_pair<Part>(0, dim, [&](auto part, int64_t i) {
+    unrolled<kGroup>([&](auto r)
+                         COREAI_TORCH_INLINE_LAMBDA { rstd[r] = splat(rstds[kBegin + r]); });
+    for_each_pair<Part>(0, dim, [&](auto part, int64_t i) COREAI_TORCH_INLINE_LAMBDA {
       const Pair w = part.load_from(scale + i);
-      for (int r = 0; r < kGroup; ++r) {
-        const int row = first + begin + r;
+      Pair result[kGroup];
+      unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
+        const int row = first + kBegin + r;
         if constexpr (kStream) rows.prefetch_at(row, ahead * dim + i);
         Pair normalized = rows.again(part, row, i) * rstd[r];
         if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
           normalized = round_to<Input>(normalized);
         }
-        part.store_to(output[row] + i, normalized * w);
-      }
+        result[r] = normalized * w;
+      });
+      unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
+        part.store_to(output[first + kBegin + r] + i, result[r]);
+      });
     });
-  }
+  });
 }
 
 template <bool kStream, class Input, class Scale, class Args>
@@ -233,6 +251,7 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
   const int64_t dim = shape.dim;
+  const RowLength length(dim);
   auto cursor = cursor_of(args);
   cursor.seek(begin);
 
@@ -273,10 +292,10 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       row += block.count;
       take_rows(block, block.count);
       if (block.count == kBlockRows) {
-        block.rstd = forward_rstd<kBlockRows>(shape, block.rows, 0);
+        block.rstd = forward_rstd<kBlockRows>(shape, length, block.rows, 0);
       } else {
         for (int r = 0; r < block.count; ++r) {
-          block.rstd[r] = forward_rstd<1>(shape, block.rows, r)[0];
+          block.rstd[r] = forward_rstd<1>(shape, length, block.rows, r)[0];
         }
       }
     };
@@ -306,13 +325,13 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       start_run(row);
       for (; row + kBlockRows <= run_end; row += kBlockRows) {
         take_rows(block, kBlockRows);
-        const Quad rstd = forward_rstd<kBlockRows>(shape, block.rows, 0);
+        const Quad rstd = forward_rstd<kBlockRows>(shape, length, block.rows, 0);
         forward_rows<kBlockRows, kStream, Input>(
             dim, block.rows, 0, scale, rstd, block.output, kBlockRows);
       }
       for (; row < run_end; ++row) {
         take_rows(block, 1);
-        const Quad rstd = forward_rstd<1>(shape, block.rows, 0);
+        const Quad rstd = forward_rstd<1>(shape, length, block.rows, 0);
         forward_rows<1, kStream, Input>(dim, block.rows, 0, scale, rstd, block.output, 1);
       }
     }
@@ -342,11 +361,12 @@ struct BackwardBlock {
 
 // Fills rstd and mean_dot of the first `rows` rows.
 template <bool kGradInput, class Input, class Scale, class Output>
-inline void backward_statistics(
-    const RmsNormShape& shape, const Scale* scale, int rows, BackwardBlock<Input, Output>& block) {
+COREAI_TORCH_INLINE void backward_statistics(
+    const RmsNormShape& shape, const RowLength& length, const Scale* scale, int rows,
+    BackwardBlock<Input, Output>& block) {
   Vector squares[kQuad], products[kQuad];
-  const auto sum = [&](auto group, int first) {
-    constexpr int kRows = sizeof(group);
+  const auto sum = [&](auto group, int first) COREAI_TORCH_INLINE_LAMBDA {
+    constexpr int kRows = decltype(group)::value;
     constexpr int kSums = kGradInput ? 2 * kRows : kRows;
     const Input* input[kRows];
     const Output* grad_output[kRows];
@@ -356,17 +376,17 @@ inline void backward_statistics(
     }
     Vector lanes[kSums];
     row_sums<ByHalves, kSums>(
-        shape.dim,
-        [&](auto part, int64_t i, Pair* terms) {
+        length,
+        [=](auto part, int64_t i, Pair* terms) COREAI_TORCH_INLINE_LAMBDA {
           Pair w;
           if constexpr (kGradInput) w = part.load_from(scale + i);
-          for (int r = 0; r < kRows; ++r) {
+          unrolled<kRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
             const Pair x = part.load_from(input[r] + i);
             terms[r] = x * x;
             if constexpr (kGradInput) {
               terms[kRows + r] = part.load_from(grad_output[r] + i) * w * x;
             }
-          }
+          });
         },
         lanes, nullptr);
     for (int r = 0; r < kRows; ++r) {
@@ -375,10 +395,11 @@ inline void backward_statistics(
     }
   };
   if (rows == kBlockRows) {
-#pragma GCC unroll 4
-    for (int r = 0; r < kBlockRows; r += kBackwardSumRows) sum(RowCount<kBackwardSumRows>(), r);
+    unrolled<kBlockRows / kBackwardSumRows>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
+      sum(Constant<kBackwardSumRows>(), group * kBackwardSumRows);
+    });
   } else {
-    for (int r = 0; r < rows; ++r) sum(RowCount<1>(), r);
+    for (int r = 0; r < rows; ++r) sum(Constant<1>(), r);
     for (int r = rows; r < kQuad; ++r) {
       squares[r] = squares[0];
       products[r] = products[0];
@@ -455,6 +476,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const RmsNormShape& shape = args.shape;
   const BackwardPlan plan = backward_plan(shape);
   auto cursor = cursor_of(args);
+  const RowLength length(shape.dim);
   BackwardBlock<Input, Output> block;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = task / plan.chunks_per_group;
@@ -484,7 +506,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
-      backward_statistics<kGradInput>(shape, scale, rows, block);
+      backward_statistics<kGradInput>(shape, length, scale, rows, block);
       if (rows == kBlockRows) {
         backward_rows<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
             shape.dim, scale, rows, block, grad_scale, done == 0);

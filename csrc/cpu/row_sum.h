@@ -23,6 +23,26 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+#define COREAI_TORCH_INLINE __attribute__((always_inline)) inline
+#define COREAI_TORCH_INLINE_LAMBDA __attribute__((always_inline))
+
+// A number as a type.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+  constexpr operator int() const { return value; }
+};
+
+// Calls body(i) for i from 0 to N - 1, inlined. Compilers decide what stays in registers before
+// they unroll loops, and would keep an array that a loop goes through in memory.
+template <int N, int i = 0, class Body>
+COREAI_TORCH_INLINE void unrolled(const Body& body) {
+  if constexpr (i < N) {
+    body(Constant<i>());
+    unrolled<N, i + 1>(body);
+  }
+}
+
 constexpr int kVectorLanes = sizeof(Vector) / sizeof(Real);
 constexpr int kAccumulators = 4;
 constexpr int kStepLanes = kAccumulators * kVectorLanes;
@@ -132,10 +152,10 @@ struct InOrder {
     *lanes = sum;
   }
 
-  // The totals of four rows.
-  static Quad finish(const Vector* lanes, const Real (*left)[kVectorLanes], int64_t dim) {
+  // The totals of four rows, with left_count elements of each in `left`.
+  static Quad finish(const Vector* lanes, const Real (*left)[kVectorLanes], int64_t left_count) {
     Quad total = {};
-    for (int64_t i = 0; i < dim % kVectorLanes; ++i) {
+    for (int64_t i = 0; i < left_count; ++i) {
       total += Quad{left[0][i], left[1][i], left[2][i], left[3][i]};
     }
     add_columns<0>(lanes, total);
@@ -171,94 +191,146 @@ struct ByHalves {
   }
 };
 
-// Sums N quantities over a row at once, up to their lanes. terms(part, i, out) sets out[0..N) to
-// the terms of the elements from i on. `left` is for InOrder only, see there.
-template <class Order, int N, class Terms>
-inline void row_sums(int64_t dim, const Terms& terms, Vector* lanes, Real (*left)[kVectorLanes]) {
-  Pair sum[N][kStepPairs];
-  const auto sum_steps = [&](int64_t begin, int64_t end) {
+// What the sums of a row depend on besides its elements.
+struct RowLength {
+  explicit RowLength(int64_t dim)
+      : dim(dim), steps(dim / kStepLanes), left(dim % kVectorLanes), power(cascade_power(steps)) {}
+
+  int64_t dim;
+  int64_t steps;
+  int64_t left;  // elements after the last whole Vector
+  int power;     // of two: steps between two carries
+};
+
+// N sums on the virtual lanes.
+template <int N>
+struct LaneSums {
+  Pair of[N][kStepPairs];
+};
+
+// Sums over steps [begin, end).
+template <int N, class Terms>
+COREAI_TORCH_INLINE LaneSums<N> sum_steps(const Terms& terms, int64_t begin, int64_t end) {
+  LaneSums<N> sum;
+  unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
+    unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA { sum.of[q][p] = splat(0); });
+  });
+  for (int64_t step = begin; step < end; ++step) {
+    unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
+      Pair term[N];
+      terms(Whole(), step * kStepLanes + p * Pair::kLanes, term);
+      unrolled<N>([&](auto q)
+                      COREAI_TORCH_INLINE_LAMBDA { sum.of[q][p] = sum.of[q][p] + term[q]; });
+    });
+  }
+  return sum;
+}
+
+// Sums over all steps of a row of more than one round, written to `result`.
+template <int N, class Terms>
+__attribute__((noinline)) void sum_rounds(
+    const Terms& terms, const RowLength& length, Real (*result)[kStepLanes]) {
+  const int64_t round = int64_t(1) << length.power;
+  alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes];
+  bool filled[kCascadeLevels - 1] = {};
+  const auto add_level = [&](int level, LaneSums<N>& sum) {
     for (int q = 0; q < N; ++q) {
-      for (int p = 0; p < kStepPairs; ++p) sum[q][p] = splat(0);
-    }
-    for (int64_t step = begin; step < end; ++step) {
       for (int p = 0; p < kStepPairs; ++p) {
-        Pair term[N];
-        terms(Whole(), step * kStepLanes + p * Pair::kLanes, term);
-        for (int q = 0; q < N; ++q) sum[q][p] = sum[q][p] + term[q];
+        sum.of[q][p] = load(&carried[level][q][p * Pair::kLanes]) + sum.of[q][p];
       }
     }
   };
-
-  const int64_t steps = dim / kStepLanes;
-  const int power = cascade_power(steps);
-  const int64_t round = int64_t(1) << power;
-  if (steps < round) {
-    sum_steps(0, steps);
-  } else {  // the levels are in memory, to leave the registers to the steps
-    alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes];
-    bool filled[kCascadeLevels - 1] = {};
-    const auto add_level = [&](int level) {
-      for (int q = 0; q < N; ++q) {
-        for (int p = 0; p < kStepPairs; ++p) {
-          sum[q][p] = load(&carried[level][q][p * Pair::kLanes]) + sum[q][p];
-        }
-      }
-    };
-    const auto carry_to = [&](int level) {
-      if (filled[level]) add_level(level);
-      for (int q = 0; q < N; ++q) {
-        for (int p = 0; p < kStepPairs; ++p) {
-          store(&carried[level][q][p * Pair::kLanes], sum[q][p]);
-        }
-      }
-      filled[level] = true;
-    };
-    int64_t step = 0;
-    while (step + round <= steps) {
-      sum_steps(step, step + round);
-      step += round;
-      carry_to(0);
-      for (int level = 1; level < kCascadeLevels - 1; ++level) {
-        if (step & ((round - 1) << (level * power))) break;
-        carry_to(level);
-        filled[level - 1] = false;
-      }
+  const auto write = [](Real(*to)[kStepLanes], const LaneSums<N>& sum) {
+    for (int q = 0; q < N; ++q) {
+      for (int p = 0; p < kStepPairs; ++p) store(&to[q][p * Pair::kLanes], sum.of[q][p]);
     }
-    sum_steps(step, steps);
-    for (int level = 0; level < kCascadeLevels - 1; ++level) {
-      if (filled[level]) add_level(level);
+  };
+  const auto carry_to = [&](int level, LaneSums<N>& sum) {
+    if (filled[level]) add_level(level, sum);
+    write(carried[level], sum);
+    filled[level] = true;
+  };
+  int64_t step = 0;
+  while (step + round <= length.steps) {
+    LaneSums<N> sum = sum_steps<N>(terms, step, step + round);
+    step += round;
+    carry_to(0, sum);
+    for (int level = 1; level < kCascadeLevels - 1; ++level) {
+      if (step & ((round - 1) << (level * length.power))) break;
+      carry_to(level, sum);
+      filled[level - 1] = false;
     }
   }
+  LaneSums<N> sum = sum_steps<N>(terms, step, length.steps);
+  for (int level = 0; level < kCascadeLevels - 1; ++level) {
+    if (filled[level]) add_level(level, sum);
+  }
+  write(result, sum);
+}
 
-  const int64_t whole = steps * kStepLanes;
-  alignas(64) Real rest[N][kStepLanes];
-  if (whole < dim) {
-    for_each_pair(whole, dim, [&](auto part, int64_t i) {
-      Pair term[N];
-      terms(part, i, term);
-      for (int q = 0; q < N; ++q) {
-        if constexpr (kSame<Order, InOrder>) {
-          store(&rest[q][i - whole], term[q]);
-        } else {
-          Pair& place = sum[q][(i - whole) / Pair::kLanes];
-          place = place + term[q];
-        }
-      }
+// Sums N quantities over a row at once, up to their lanes. terms(part, i, out) sets out[0..N) to
+// the terms of the elements from i on. `left` is for InOrder only, see there.
+template <class Order, int N, class Terms>
+COREAI_TORCH_INLINE void row_sums(
+    const RowLength& length, const Terms& terms, Vector* lanes, Real (*left)[kVectorLanes]) {
+  LaneSums<N> sum;
+  if (length.steps < int64_t(1) << length.power) {
+    sum = sum_steps<N>(terms, 0, length.steps);
+  } else {
+    alignas(64) Real rounds[N][kStepLanes];
+    const Terms copy = terms;  // so that the other branch has no address to respect
+    sum_rounds<N>(copy, length, rounds);
+    unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
+      unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
+        sum.of[q][p] = load(&rounds[q][p * Pair::kLanes]);
+      });
     });
   }
-  for (int q = 0; q < N; ++q) {
-    if (kSame<Order, ByHalves> || whole == dim) {
-      Vector accumulators[kAccumulators];
-      for (int p = 0; p < kStepPairs; ++p) {
-        split(sum[q][p], accumulators + p * (Pair::kLanes / kVectorLanes));
+
+  const int64_t whole = length.steps * kStepLanes;
+  if (whole < length.dim) {
+    if constexpr (kSame<Order, InOrder>) {
+      alignas(64) Real rest[N][kStepLanes], accumulators[N][kStepLanes];
+      for_each_pair(whole, length.dim, [&](auto part, int64_t i) {
+        Pair term[N];
+        terms(part, i, term);
+        for (int q = 0; q < N; ++q) store(&rest[q][i - whole], term[q]);
+      });
+      unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
+        unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
+          store(&accumulators[q][p * Pair::kLanes], sum.of[q][p]);
+        });
+      });
+      for (int q = 0; q < N; ++q) {
+        Vector folded;
+        Order::fold_with_rest(accumulators[q], rest[q], length.dim, &folded, left[q]);
+        lanes[q] = folded;
       }
-      lanes[q] = Order::fold(accumulators);
-    } else if constexpr (kSame<Order, InOrder>) {
-      alignas(64) Real accumulators[kStepLanes];
-      for (int p = 0; p < kStepPairs; ++p) store(&accumulators[p * Pair::kLanes], sum[q][p]);
-      Order::fold_with_rest(accumulators, rest[q], dim, &lanes[q], left[q]);
+      return;
+    } else {
+      unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
+        const int64_t i = whole + p * Pair::kLanes;
+        const auto add = [&](auto part) COREAI_TORCH_INLINE_LAMBDA {
+          Pair term[N];
+          terms(part, i, term);
+          unrolled<N>([&](auto q)
+                          COREAI_TORCH_INLINE_LAMBDA { sum.of[q][p] = sum.of[q][p] + term[q]; });
+        };
+        if (i + Pair::kLanes <= length.dim) {
+          add(Whole());
+        } else if (i < length.dim) {
+          add(First{length.dim - i});
+        }
+      });
     }
   }
+  unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
+    Vector accumulators[kAccumulators];
+    unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
+      split(sum.of[q][p], accumulators + p * (Pair::kLanes / kVectorLanes));
+    });
+    lanes[q] = Order::fold(accumulators);
+  });
 }
 
 }  // namespace

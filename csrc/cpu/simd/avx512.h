@@ -46,9 +46,32 @@ inline Pair load(const Float16* p) {
 inline __m512 from_bfloat16(__m256i v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
+
+#if defined(__AVX512BF16__)
+// One permutation for a widening and a shift.
+inline Pair from_bfloat16(__m512i packed) {
+  const __m512i lo = _mm512_set_epi16(
+      15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,  //
+      7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m512i hi = _mm512_set_epi16(
+      31, 0, 30, 0, 29, 0, 28, 0, 27, 0, 26, 0, 25, 0, 24, 0,  //
+      23, 0, 22, 0, 21, 0, 20, 0, 19, 0, 18, 0, 17, 0, 16, 0);
+  constexpr __mmask32 kUpperHalves = 0xaaaaaaaa;
+  return {
+      _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpperHalves, lo, packed)),
+      _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(kUpperHalves, hi, packed))};
+}
+inline Pair load(const BFloat16* p) { return from_bfloat16(_mm512_loadu_si512(p)); }
+#else
+inline Pair from_bfloat16(__m512i packed) {
+  return {
+      from_bfloat16(_mm512_castsi512_si256(packed)),
+      from_bfloat16(_mm512_extracti64x4_epi64(packed, 1))};
+}
 inline Pair load(const BFloat16* p) {
   return {from_bfloat16(load_256(p)), from_bfloat16(load_256(p + 16))};
 }
+#endif
 
 // The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
 // one). The lower half is rubbish.
@@ -71,13 +94,15 @@ inline __m512i to_bfloat16_by_bits(Pair v) {
 
 inline __m512i to_bfloat16(Pair v) {
 #if defined(__AVX512BF16__)
-  // The instruction takes denormal numbers for zero, which no other level does.
+  // The instruction takes denormal numbers for zero, which no other level does. So a zero is looked
+  // into.
+  const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(v.hi, v.lo);
+  const __mmask32 zero = _mm512_testn_epi16_mask(packed, _mm512_set1_epi16(0x7fff));
+  if (__builtin_expect(_kortestz_mask32_u8(zero, zero), 1)) return packed;
   constexpr int kDenormal = 0x20;
   const __mmask16 lo = _mm512_fpclass_ps_mask(v.lo, kDenormal);
   const __mmask16 hi = _mm512_fpclass_ps_mask(v.hi, kDenormal);
-  if (__builtin_expect(_kortestz_mask16_u8(lo, hi), 1)) {
-    return (__m512i)_mm512_cvtne2ps_pbh(v.hi, v.lo);
-  }
+  if (__builtin_expect(_kortestz_mask16_u8(lo, hi), 1)) return packed;
 #endif
   return to_bfloat16_by_bits(v);
 }
@@ -114,10 +139,7 @@ inline Pair load_first(const Float16* p, int64_t count) {
       _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1))};
 }
 inline Pair load_first(const BFloat16* p, int64_t count) {
-  const __m512i bits = _mm512_maskz_loadu_epi16(first_lanes(count), p);
-  return {
-      from_bfloat16(_mm512_castsi512_si256(bits)),
-      from_bfloat16(_mm512_extracti64x4_epi64(bits, 1))};
+  return from_bfloat16(_mm512_maskz_loadu_epi16(first_lanes(count), p));
 }
 inline void store_first(float* p, Pair v, int64_t count) {
   const __mmask32 mask = first_lanes(count);
@@ -150,10 +172,7 @@ inline Pair round_to<Float16>(Pair v) {
 template <>
 inline Pair round_to<BFloat16>(Pair v) {
 #if defined(__AVX512BF16__)
-  const __m512i packed = to_bfloat16(v);
-  return {
-      from_bfloat16(_mm512_castsi512_si256(packed)),
-      from_bfloat16(_mm512_extracti64x4_epi64(packed, 1))};
+  return from_bfloat16(to_bfloat16(v));
 #else
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
   return {
