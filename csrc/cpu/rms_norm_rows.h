@@ -39,6 +39,7 @@ class RowCursor {
   }
 
   int64_t offset(int n) const { return offset_[n]; }
+  int64_t step(int n) const { return step_[n]; }  // to the next row, where the dimension goes on
 
   void seek(int64_t row) {
     for (int n = 0; n < N; ++n) offset_[n] = 0;
@@ -130,13 +131,19 @@ inline Quad rstd_of(Quad sums_of_squares, const RmsNormShape& shape) {
 // scale row.
 static_assert(kBlockRows == kQuad, "the statistics of a block are one Quad");
 
-// Asks for the cache lines of a Pair of elements.
-template <class T>
+// Asks for the cache lines of a Pair of elements, for the first or for the second cache.
+enum Cache { kFirstCache = 3, kSecondCache = 2 };  // as __builtin_prefetch counts them
+template <Cache kCache, class T>
 inline void prefetch(const T* p) {
   for (int byte = 0; byte < Pair::kLanes * int(sizeof(T)); byte += 64) {
-    __builtin_prefetch((const char*)p + byte);
+    __builtin_prefetch((const char*)p + byte, 0, kCache);
   }
 }
+
+// In forward, rows of 16 bits are fetched for the first cache, and float32 ones for the second,
+// since four rows of input and output may fill the first.
+template <class T>
+constexpr Cache kForwardCache = sizeof(T) == 2 ? kFirstCache : kSecondCache;
 
 // What is normalized: the input or, after the residual add, the sum. A sum is written when it is
 // taken, for row_sums(), and read again from the cache. Written past the caches it would not be
@@ -144,6 +151,7 @@ inline void prefetch(const T* p) {
 template <class Input>
 struct InputRows {
   const Input* input[kBlockRows];
+  int64_t input_step;  // from a row to the next
 
   template <class Part>
   Pair first(Part part, int r, int64_t i) const {
@@ -153,7 +161,9 @@ struct InputRows {
   Pair again(Part part, int r, int64_t i) const {
     return part.load_from(input[r] + i);
   }
-  void prefetch_at(int r, int64_t i) const { prefetch(input[r] + i); }
+  void prefetch_ahead(int rows, int r, int64_t i) const {
+    prefetch<kForwardCache<Input>>(input[r] + rows * input_step + i);
+  }
 };
 
 template <bool kStream, class Input>
@@ -161,6 +171,7 @@ struct SummedRows {
   const Input* input[kBlockRows];
   const Input* residual[kBlockRows];
   Input* new_residual[kBlockRows];
+  int64_t input_step, residual_step;
 
   template <class Part>
   Pair sum(Part part, int r, int64_t i) const {
@@ -185,17 +196,17 @@ struct SummedRows {
       return part.load_from(new_residual[r] + i);
     }
   }
-  void prefetch_at(int r, int64_t i) const {
-    prefetch(input[r] + i);
-    prefetch(residual[r] + i);
+  void prefetch_ahead(int rows, int r, int64_t i) const {
+    prefetch<kForwardCache<Input>>(input[r] + rows * input_step + i);
+    prefetch<kForwardCache<Input>>(residual[r] + rows * residual_step + i);
   }
 };
 
-// 1/rms of rows [first, first + kRows), in the first kRows places.
-template <int kRows, class Rows>
+// 1/rms of rows [first, first + kRows), in the first kRows places, kSideBySide at a time.
+template <int kRows, int kSideBySide, class Rows>
 COREAI_TORCH_INLINE Quad
 forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& rows, int first) {
-  constexpr int kGroup = kRows < kForwardRows ? kRows : kForwardRows;
+  constexpr int kGroup = kRows < kSideBySide ? kRows : kSideBySide;
   Vector lanes[kQuad];
   Real left[kQuad][kVectorLanes] = {};
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
@@ -214,12 +225,15 @@ forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& row
   return rstd_of(InOrder::finish(lanes, left, length.left), shape);
 }
 
-// Writes rows [first, first + kRows), and asks for those that are `ahead` rows further.
-template <int kRows, bool kStream, class Input, class Scale, class Rows, class Output>
+// Writes rows [first, first + kRows), kSideBySide at a time, and with kAhead asks for those that
+// are `ahead` rows further.
+template <
+    int kRows, int kSideBySide, bool kAhead, bool kStream, class Input, class Scale, class Rows,
+    class Output>
 inline void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, Quad rstds, Output* const* output,
     int ahead) {
-  constexpr int kGroup = kRows < kForwardRows ? kRows : kForwardRows;
+  constexpr int kGroup = kRows < kSideBySide ? kRows : kSideBySide;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kBegin = decltype(group)::value * kGroup;
@@ -231,7 +245,7 @@ inline void forward_rows(
       Pair result[kGroup];
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
         const int row = first + kBegin + r;
-        if constexpr (kStream) rows.prefetch_at(row, ahead * dim + i);
+        if constexpr (kAhead) rows.prefetch_ahead(ahead, row, i);
         Pair normalized = rows.again(part, row, i) * rstd[r];
         if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
           normalized = round_to<Input>(normalized);
@@ -252,6 +266,11 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const RmsNormShape& shape = args.shape;
   const int64_t dim = shape.dim;
   const RowLength length(dim);
+  // Conversions take so long that several rows, which share those of the scale, are worth it, and
+  // so are streamed rows. The next ones are asked for, since processors foresee a single row, but
+  // not several short ones close to each other. Otherwise float32 rows go one by one.
+  constexpr bool kAhead = kStream || sizeof(Input) == 2;
+  constexpr int kSideBySide = kAhead ? kForwardRows : 1;
   auto cursor = cursor_of(args);
   cursor.seek(begin);
 
@@ -263,6 +282,8 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     Quad rstd;
   };
   const auto take_rows = [&](Block& block, int count) {
+    block.rows.input_step = cursor.step(0);
+    if constexpr (kAdds) block.rows.residual_step = cursor.step(2);
     for (int r = 0; r < count; ++r, cursor.next()) {
       block.rows.input[r] = (const Input*)args.input + cursor.offset(0);
       block.output[r] = (Output*)args.output + cursor.offset(1);
@@ -292,10 +313,10 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       row += block.count;
       take_rows(block, block.count);
       if (block.count == kBlockRows) {
-        block.rstd = forward_rstd<kBlockRows>(shape, length, block.rows, 0);
+        block.rstd = forward_rstd<kBlockRows, kSideBySide>(shape, length, block.rows, 0);
       } else {
         for (int r = 0; r < block.count; ++r) {
-          block.rstd[r] = forward_rstd<1>(shape, length, block.rows, r)[0];
+          block.rstd[r] = forward_rstd<1, 1>(shape, length, block.rows, r)[0];
         }
       }
     };
@@ -310,11 +331,11 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
         next.count = 0;
       }
       if (block.count == kBlockRows) {
-        forward_rows<kBlockRows, kStream, Input>(
+        forward_rows<kBlockRows, kSideBySide, kAhead, kStream, Input>(
             dim, block.rows, 0, block.scale, block.rstd, block.output, 2 * kBlockRows);
       } else {
         for (int r = 0; r < block.count; ++r) {
-          forward_rows<1, kStream, Input>(
+          forward_rows<1, 1, kAhead, kStream, Input>(
               dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 1);
         }
       }
@@ -325,14 +346,15 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       start_run(row);
       for (; row + kBlockRows <= run_end; row += kBlockRows) {
         take_rows(block, kBlockRows);
-        const Quad rstd = forward_rstd<kBlockRows>(shape, length, block.rows, 0);
-        forward_rows<kBlockRows, kStream, Input>(
+        const Quad rstd = forward_rstd<kBlockRows, kSideBySide>(shape, length, block.rows, 0);
+        forward_rows<kBlockRows, kSideBySide, kAhead, kStream, Input>(
             dim, block.rows, 0, scale, rstd, block.output, kBlockRows);
       }
       for (; row < run_end; ++row) {
         take_rows(block, 1);
-        const Quad rstd = forward_rstd<1>(shape, length, block.rows, 0);
-        forward_rows<1, kStream, Input>(dim, block.rows, 0, scale, rstd, block.output, 1);
+        const Quad rstd = forward_rstd<1, 1>(shape, length, block.rows, 0);
+        forward_rows<1, 1, kAhead, kStream, Input>(
+            dim, block.rows, 0, scale, rstd, block.output, 1);
       }
     }
   }
@@ -354,7 +376,8 @@ struct BackwardBlock {
   const Output* grad_output[kBlockRows];
   const Input* input[kBlockRows];
   Input* grad_input[kBlockRows];
-  const Input* grad_new_residual[kBlockRows];  // of the residual add
+  const Input* grad_new_residual[kBlockRows];                    // of the residual add
+  int64_t grad_output_step, input_step, grad_new_residual_step;  // from a row to the next
   Quad rstd;
   Quad mean_dot;  // mean(grad_output * scale * normalized)
 };
@@ -411,6 +434,8 @@ COREAI_TORCH_INLINE void backward_statistics(
   }
 }
 
+constexpr int64_t kWorthFetching = 1024;  // bytes of a row
+
 // Writes the gradients of a block. kRows is kBlockRows, or 0 for `rows` rows. With kAdds,
 // grad_new_residual is added to grad_input.
 template <
@@ -429,6 +454,12 @@ inline void backward_rows(
     rstd[r] = splat(block.rstd[r]);
     if constexpr (kGradInput) mean_dot[r] = splat(block.mean_dot[r]);
   }
+  // The next block, whose four rows of two operands a processor does not foresee. Shorter rows are
+  // not worth it, and ask for what is there.
+  const int ahead = dim * int64_t(sizeof(Input)) >= kWorthFetching ? kBlockRows : 0;
+  const int64_t input_ahead = ahead * block.input_step;
+  const int64_t grad_output_ahead = ahead * block.grad_output_step;
+  const int64_t grad_new_residual_ahead = kAdds ? ahead * block.grad_new_residual_step : 0;
   for_each_pair(0, dim, [&](auto part, int64_t i) {
     Pair w, sum, grad_input[kBlockRows];
     if constexpr (kGradInput) w = part.load_from(scale + i);
@@ -445,10 +476,10 @@ inline void backward_rows(
         const Pair term = grad * normalized;
         sum = r == 0 ? term : sum + term;
       }
-      if constexpr (kStream) {  // the next block
-        prefetch(input[r] + kBlockRows * dim + i);
-        prefetch(grad_output[r] + kBlockRows * dim + i);
-        if constexpr (kAdds) prefetch(block.grad_new_residual[r] + kBlockRows * dim + i);
+      prefetch<kSecondCache>(input[r] + input_ahead + i);
+      prefetch<kSecondCache>(grad_output[r] + grad_output_ahead + i);
+      if constexpr (kAdds) {
+        prefetch<kSecondCache>(block.grad_new_residual[r] + grad_new_residual_ahead + i);
       }
     }
     if constexpr (kGradScale) {
@@ -506,6 +537,9 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
+      block.grad_output_step = cursor.step(0);
+      block.input_step = cursor.step(1);
+      if constexpr (kAdds) block.grad_new_residual_step = cursor.step(3);
       backward_statistics<kGradInput>(shape, length, scale, rows, block);
       if (rows == kBlockRows) {
         backward_rows<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
