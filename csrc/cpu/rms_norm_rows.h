@@ -43,7 +43,6 @@ class RowCursor {
 
   void seek(int64_t row) {
     for (int n = 0; n < N; ++n) offset_[n] = 0;
-    left_ = INT64_MAX;
     for (int d = shape_.row_ndim - 1; d >= 0; --d) {
       const int64_t rest = d > 0 ? row / shape_.row_sizes[d] : 0;
       index_[d] = row - rest * shape_.row_sizes[d];
@@ -202,11 +201,24 @@ struct SummedRows {
   }
 };
 
-// 1/rms of rows [first, first + kRows), in the first kRows places, kSideBySide at a time.
-template <int kRows, int kSideBySide, class Rows>
+// Are the rows of a forward block side by side in a sweep, and the next ones asked for? Conversions
+// take so long that several rows, which share those of the scale, are worth it, and so are streamed
+// rows. They need to be asked for, since processors foresee a single row, but not several short
+// ones close to each other. Otherwise float32 rows go one by one.
+template <bool kStream, class Input>
+constexpr bool kSideBySide = kStream || sizeof(Input) == 2;
+
+// How many of kRows rows that is.
+template <int kRows, bool kStream, class Input>
+constexpr int kAtOnce = !kSideBySide<kStream, Input> ? 1
+                        : kRows < kForwardRows       ? kRows
+                                                     : kForwardRows;
+
+// 1/rms of rows [first, first + kRows), in the first kRows places.
+template <int kRows, bool kStream, class Input, class Rows>
 COREAI_TORCH_INLINE Quad
 forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& rows, int first) {
-  constexpr int kGroup = kRows < kSideBySide ? kRows : kSideBySide;
+  constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   Vector lanes[kQuad];
   Real left[kQuad][kVectorLanes] = {};
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
@@ -225,15 +237,13 @@ forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& row
   return rstd_of(InOrder::finish(lanes, left, length.left), shape);
 }
 
-// Writes rows [first, first + kRows), kSideBySide at a time, and with kAhead asks for those that
-// are `ahead` rows further.
-template <
-    int kRows, int kSideBySide, bool kAhead, bool kStream, class Input, class Scale, class Rows,
-    class Output>
+// Writes rows [first, first + kRows). Where they are side by side, it asks for those that are
+// `ahead` rows further.
+template <int kRows, bool kStream, class Input, class Scale, class Rows, class Output>
 inline void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, Quad rstds, Output* const* output,
     int ahead) {
-  constexpr int kGroup = kRows < kSideBySide ? kRows : kSideBySide;
+  constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kBegin = decltype(group)::value * kGroup;
@@ -245,7 +255,7 @@ inline void forward_rows(
       Pair result[kGroup];
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
         const int row = first + kBegin + r;
-        if constexpr (kAhead) rows.prefetch_ahead(ahead, row, i);
+        if constexpr (kSideBySide<kStream, Input>) rows.prefetch_ahead(ahead, row, i);
         Pair normalized = rows.again(part, row, i) * rstd[r];
         if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
           normalized = round_to<Input>(normalized);
@@ -266,11 +276,6 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const RmsNormShape& shape = args.shape;
   const int64_t dim = shape.dim;
   const RowLength length(dim);
-  // Conversions take so long that several rows, which share those of the scale, are worth it, and
-  // so are streamed rows. The next ones are asked for, since processors foresee a single row, but
-  // not several short ones close to each other. Otherwise float32 rows go one by one.
-  constexpr bool kAhead = kStream || sizeof(Input) == 2;
-  constexpr int kSideBySide = kAhead ? kForwardRows : 1;
   auto cursor = cursor_of(args);
   cursor.seek(begin);
 
@@ -313,10 +318,10 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       row += block.count;
       take_rows(block, block.count);
       if (block.count == kBlockRows) {
-        block.rstd = forward_rstd<kBlockRows, kSideBySide>(shape, length, block.rows, 0);
+        block.rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0);
       } else {
         for (int r = 0; r < block.count; ++r) {
-          block.rstd[r] = forward_rstd<1, 1>(shape, length, block.rows, r)[0];
+          block.rstd[r] = forward_rstd<1, kStream, Input>(shape, length, block.rows, r)[0];
         }
       }
     };
@@ -331,11 +336,11 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
         next.count = 0;
       }
       if (block.count == kBlockRows) {
-        forward_rows<kBlockRows, kSideBySide, kAhead, kStream, Input>(
+        forward_rows<kBlockRows, kStream, Input>(
             dim, block.rows, 0, block.scale, block.rstd, block.output, 2 * kBlockRows);
       } else {
         for (int r = 0; r < block.count; ++r) {
-          forward_rows<1, 1, kAhead, kStream, Input>(
+          forward_rows<1, kStream, Input>(
               dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 1);
         }
       }
@@ -346,15 +351,14 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       start_run(row);
       for (; row + kBlockRows <= run_end; row += kBlockRows) {
         take_rows(block, kBlockRows);
-        const Quad rstd = forward_rstd<kBlockRows, kSideBySide>(shape, length, block.rows, 0);
-        forward_rows<kBlockRows, kSideBySide, kAhead, kStream, Input>(
+        const Quad rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0);
+        forward_rows<kBlockRows, kStream, Input>(
             dim, block.rows, 0, scale, rstd, block.output, kBlockRows);
       }
       for (; row < run_end; ++row) {
         take_rows(block, 1);
-        const Quad rstd = forward_rstd<1, 1>(shape, length, block.rows, 0);
-        forward_rows<1, 1, kAhead, kStream, Input>(
-            dim, block.rows, 0, scale, rstd, block.output, 1);
+        const Quad rstd = forward_rstd<1, kStream, Input>(shape, length, block.rows, 0);
+        forward_rows<1, kStream, Input>(dim, block.rows, 0, scale, rstd, block.output, 1);
       }
     }
   }
