@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from .._compile_mode import decomposes
+from .._load import _C
 from ..reference.add_rms_norm import (
     add_then,
     are_alike,
@@ -59,7 +60,7 @@ def add_rms_norm(
         return add_then(rms_norm, input, residual, scale, eps)
     if torch.compiler.is_compiling():
         return _traced_add_rms_norm(input, residual, scale, eps)
-    return _fused_op(input, residual, scale, eps)
+    return _C.fused_add_rms_norm(input, residual, scale, eps)
 
 
 def _traced_add_rms_norm(

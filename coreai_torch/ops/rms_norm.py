@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _load as _load
 from .. import reference
 from .._compile_mode import decomposes
+from .._load import _C
 from ..reference.rms_norm import check_rms_norm, check_rms_norm_backward, output_dtype
 
 _Op = Callable[[Tensor, Tensor, float], Tensor]
@@ -51,7 +51,7 @@ def rms_norm(input: Tensor, scale: Tensor, eps: float = 1e-5) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _traced_rms_norm(input, scale, eps)
-    return _fused_op(input, scale, eps)
+    return _C.fused_rms_norm(input, scale, eps)
 
 
 def _traced_rms_norm(input: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -1,12 +1,14 @@
-// The Python module _C: what was built, and the SIMD level. The ops do not pass through here; they
-// are registered with PyTorch's dispatcher when this library is loaded.
+// The Python module _C: what was built, the SIMD level, and a shorter way to the ops, which are
+// registered with PyTorch's dispatcher when this library is loaded.
 #include <pybind11/pybind11.h>
 
 #include "coreai_torch/cpu_level.h"
+#include "torch/python_calls.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
+  coreai_torch::add_calls(m);
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = COREAI_TORCH_COMPILER;
