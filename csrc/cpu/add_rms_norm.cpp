@@ -5,7 +5,6 @@
 #include "cpu/levels.h"
 #include "cpu/rms_norm_plan.h"
 #include "cpu/run.h"
-#include "cpu/streaming.h"
 
 namespace coreai_torch {
 
@@ -28,26 +27,29 @@ void add_rms_norm_forward_cpu(const AddRmsNormForward& args, ParallelFor paralle
   const RmsNormShape& shape = args.shape;
   if (shape.rows == 0 || shape.dim == 0) return;
   const int64_t row_bytes = shape.dim * kSizes[int(shape.input_dtype)];  // the output's, too
-  const bool stream = is_contiguous(
-                          shape, {args.input_strides, args.residual_strides, args.output_strides,
-                                  args.new_residual_strides}) &&
-                      worth_streaming(args.output, shape.rows, row_bytes) &&
-                      worth_streaming(args.new_residual, shape.rows, row_bytes);
+  Outputs outputs;
+  if (is_contiguous(shape, {args.output_strides, args.new_residual_strides})) {
+    const int64_t bytes = shape.rows * row_bytes;
+    outputs = Outputs(
+        {{args.output, bytes, row_bytes}, {args.new_residual, bytes, row_bytes}},
+        is_contiguous(shape, {args.input_strides, args.residual_strides}) &&
+            row_bytes % kLine == 0);
+  }
+  const int64_t unit = rows_in_unit(shape, args.input_strides);
   run(kernels_for(shape.input_dtype).forward[int(shape.input_dtype)][int(shape.scale_dtype)], args,
-      stream, shape.rows, shape.dim, parallel_for);
+      outputs, shape.rows / unit, unit * shape.dim, parallel_for);
 }
 
 void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor parallel_for) {
   const RmsNormShape& shape = args.shape;
   if (shape.rows > 0 && shape.dim > 0) {
     const BackwardPlan plan = backward_plan(shape);
-    const bool stream =
+    const Outputs outputs = backward_outputs(
+        args,
         is_contiguous(
-            shape, {args.grad_output_strides, args.grad_new_residual_strides, args.input_strides,
-                    args.grad_input_strides}) &&
-        worth_streaming(args.grad_input, shape.rows, shape.dim * kSizes[int(shape.input_dtype)]);
+            shape, {args.grad_output_strides, args.grad_new_residual_strides, args.input_strides}));
     run(kernels_for(shape.input_dtype).backward[int(shape.input_dtype)][int(shape.scale_dtype)],
-        args, stream, plan.tasks, plan.chunk_rows * shape.dim, parallel_for);
+        args, outputs, plan.tasks, plan.chunk_rows * shape.dim, parallel_for);
   }
   sum_grad_scale_cpu(args, parallel_for);
 }

@@ -5,7 +5,6 @@
 #include "cpu/rms_norm_kernels.h"
 #include "cpu/rms_norm_plan.h"
 #include "cpu/run.h"
-#include "cpu/streaming.h"
 
 namespace coreai_torch {
 
@@ -39,11 +38,16 @@ void rms_norm_forward_cpu(const RmsNormForward& args, ParallelFor parallel_for) 
   const RmsNormShape& shape = args.shape;
   if (shape.rows == 0 || shape.dim == 0) return;
   const DType output_dtype = rms_norm_output_dtype(shape.input_dtype, shape.scale_dtype);
-  const bool stream =
-      is_contiguous(shape, {args.input_strides, args.output_strides}) &&
-      worth_streaming(args.output, shape.rows, shape.dim * kSizes[int(output_dtype)]);
+  const int64_t row_bytes = shape.dim * kSizes[int(output_dtype)];
+  Outputs outputs;
+  if (is_contiguous(shape, {args.output_strides})) {
+    outputs = Outputs(
+        {{args.output, shape.rows * row_bytes, row_bytes}},
+        is_contiguous(shape, {args.input_strides}) && row_bytes % kLine == 0);
+  }
+  const int64_t unit = rows_in_unit(shape, args.input_strides);
   run(kernels_for(shape.input_dtype).forward[int(shape.input_dtype)][int(shape.scale_dtype)], args,
-      stream, shape.rows, shape.dim, parallel_for);
+      outputs, shape.rows / unit, unit * shape.dim, parallel_for);
 }
 
 int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
@@ -56,13 +60,10 @@ void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for
   const RmsNormShape& shape = args.shape;
   if (shape.rows > 0 && shape.dim > 0) {
     const BackwardPlan plan = backward_plan(shape);
-    const bool stream =
-        args.grad_input != nullptr &&
-        is_contiguous(
-            shape, {args.grad_output_strides, args.input_strides, args.grad_input_strides}) &&
-        worth_streaming(args.grad_input, shape.rows, shape.dim * kSizes[int(shape.input_dtype)]);
+    const Outputs outputs = backward_outputs(
+        args, is_contiguous(shape, {args.grad_output_strides, args.input_strides}));
     const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
-    run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, stream, plan.tasks,
+    run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, outputs, plan.tasks,
         plan.chunk_rows * shape.dim, parallel_for);
   }
   sum_grad_scale_cpu(args, parallel_for);
@@ -76,7 +77,7 @@ void sum_grad_scale_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
     return;
   }
   const int64_t blocks_per_group = (shape.dim + kReduceColumns - 1) / kReduceColumns;
-  run(kernels_for(shape.input_dtype).reduce[int(shape.scale_dtype)], args, false,
+  run(kernels_for(shape.input_dtype).reduce[int(shape.scale_dtype)], args, Outputs(),
       shape.groups * blocks_per_group, kReduceColumns * backward_plan(shape).chunks_per_group,
       parallel_for);
 }

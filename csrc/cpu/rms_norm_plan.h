@@ -1,5 +1,4 @@
-// How backward divides its rows. Everything follows from the shape alone, never from the number of
-// threads, so that grad_scale has the same bits however the work is spread.
+// How the rows are gone through, and how backward divides them.
 #pragma once
 
 #include "coreai_torch/rms_norm.h"
@@ -7,13 +6,31 @@
 namespace coreai_torch {
 namespace {
 
+// Do groups take turns, block by block? So they do where the rows of the next group are nearer than
+// the next row of a group: heads of attention, say, where (batch, heads, length, dim) is a
+// transposed view. Otherwise all rows of a group come before those of the next. Gives the row
+// dimension that counts the groups, or -1.
+inline int dim_of_turns(const RmsNormShape& shape, const int64_t* input_strides) {
+  const int d = shape.row_ndim - 2;
+  const bool is_groups = d >= 0 && shape.groups > 1 && shape.row_sizes[d] == shape.groups &&
+                         shape.row_sizes[d + 1] == shape.inner;
+  return is_groups && input_strides[d] < input_strides[d + 1] ? d : -1;
+}
+
+// How many rows are a unit of work in forward, as it is given to a thread.
+inline int64_t rows_in_unit(const RmsNormShape& shape, const int64_t* input_strides) {
+  return dim_of_turns(shape, input_strides) < 0 ? 1 : shape.groups;
+}
+
+// Division into chunks and tasks follows from the shape alone, never from the number of threads, so
+// that grad_scale has the same bits however the work is spread, and whoever's turn it is.
 // grad_scale is summed over a block of rows in registers, over the blocks of a chunk in the chunk's
 // row of the workspace, and over the chunks of a scale row pairwise.
 struct BackwardPlan {
   int64_t rows_per_group;  // rows that share a scale row
   int64_t chunk_rows;      // a multiple of kBlockRows
   int64_t chunks_per_group;
-  int64_t tasks;  // one for each chunk of each group
+  int64_t tasks;  // one for each chunk of each group; where groups take turns, chunk by chunk
 };
 
 constexpr int kBlockRows = 4;

@@ -40,6 +40,7 @@ class RowCursor {
 
   int64_t offset(int n) const { return offset_[n]; }
   int64_t step(int n) const { return step_[n]; }  // to the next row, where the dimension goes on
+  int64_t stride(int n, int d) const { return strides_[n][d]; }
 
   void seek(int64_t row) {
     for (int n = 0; n < N; ++n) offset_[n] = 0;
@@ -130,13 +131,18 @@ inline Quad rstd_of(Quad sums_of_squares, const RmsNormShape& shape) {
 // scale row.
 static_assert(kBlockRows == kQuad, "the statistics of a block are one Quad");
 
-// Asks for the cache lines of a Pair of elements, for the first or for the second cache.
+// Asks for the cache lines of a Pair of elements, for the first or for the second cache, or to
+// write them.
 enum Cache { kFirstCache = 3, kSecondCache = 2 };  // as __builtin_prefetch counts them
-template <Cache kCache, class T>
+template <Cache kCache, class T, bool kToWrite = false>
 inline void prefetch(const T* p) {
   for (int byte = 0; byte < Pair::kLanes * int(sizeof(T)); byte += 64) {
-    __builtin_prefetch((const char*)p + byte, 0, kCache);
+    __builtin_prefetch((const char*)p + byte, kToWrite, kCache);
   }
+}
+template <class T>
+inline void prefetch_to_write(const T* p) {
+  prefetch<kSecondCache, T, true>(p);
 }
 
 // In forward, rows of 16 bits are fetched for the first cache, and float32 ones for the second,
@@ -201,10 +207,10 @@ struct SummedRows {
   }
 };
 
-// Are the rows of a forward block side by side in a sweep, and the next ones asked for? Conversions
-// take so long that several rows, which share those of the scale, are worth it, and so are streamed
-// rows. They need to be asked for, since processors foresee a single row, but not several short
-// ones close to each other. Otherwise float32 rows go one by one.
+// Are the rows of a forward block side by side in a sweep, and the next ones always asked for?
+// Conversions take so long that several rows, which share those of the scale, are worth it, and so
+// are streamed rows. They need to be asked for, since processors foresee a single row, but not
+// several short ones close to each other. Otherwise float32 rows go one by one.
 template <bool kStream, class Input>
 constexpr bool kSideBySide = kStream || sizeof(Input) == 2;
 
@@ -237,14 +243,17 @@ forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& row
   return rstd_of(InOrder::finish(lanes, left, length.left), shape);
 }
 
-// Writes rows [first, first + kRows). Where they are side by side, it asks for those that are
-// `ahead` rows further.
-template <int kRows, bool kStream, class Input, class Scale, class Rows, class Output>
-inline void forward_rows(
+// Writes rows [first, first + kRows). `ahead` is how many rows further those are that are asked
+// for, always where rows are side by side, and with kAskAhead; then so is the place of the rows
+// that are written next.
+template <
+    int kRows, bool kStream, bool kAskAhead, class Input, class Scale, class Rows, class Output>
+COREAI_TORCH_INLINE void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, Quad rstds, Output* const* output,
-    int ahead) {
+    int64_t output_step, int ahead) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
+  const int64_t output_ahead = kGroup * output_step;
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kBegin = decltype(group)::value * kGroup;
     Pair rstd[kGroup];
@@ -255,7 +264,8 @@ inline void forward_rows(
       Pair result[kGroup];
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
         const int row = first + kBegin + r;
-        if constexpr (kSideBySide<kStream, Input>) rows.prefetch_ahead(ahead, row, i);
+        if constexpr (kAskAhead || kSideBySide<kStream, Input>) rows.prefetch_ahead(ahead, row, i);
+        if constexpr (kAskAhead) prefetch_to_write(output[row] + output_ahead + i);
         Pair normalized = rows.again(part, row, i) * rstd[r];
         if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
           normalized = round_to<Input>(normalized);
@@ -269,7 +279,7 @@ inline void forward_rows(
   });
 }
 
-template <bool kStream, class Input, class Scale, class Args>
+template <bool kStream, bool kAskAhead, bool kTurns, class Input, class Scale, class Args>
 void forward_range(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
   using Output = typename DTypeRule<Input, Scale>::Output;
@@ -277,100 +287,138 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const int64_t dim = shape.dim;
   const RowLength length(dim);
   auto cursor = cursor_of(args);
-  cursor.seek(begin);
 
   struct Block {
     int count;
     const Scale* scale;
     typename Conditional<kAdds, SummedRows<kStream, Input>, InputRows<Input>>::type rows;
     Output* output[kBlockRows];
+    int64_t output_step;
     Quad rstd;
   };
-  const auto take_rows = [&](Block& block, int count) {
-    block.rows.input_step = cursor.step(0);
-    if constexpr (kAdds) block.rows.residual_step = cursor.step(2);
-    for (int r = 0; r < count; ++r, cursor.next()) {
-      block.rows.input[r] = (const Input*)args.input + cursor.offset(0);
-      block.output[r] = (Output*)args.output + cursor.offset(1);
-      if constexpr (kAdds) {
-        block.rows.residual[r] = (const Input*)args.residual + cursor.offset(2);
-        block.rows.new_residual[r] = (Input*)args.new_residual + cursor.offset(3);
-      }
+  // What begin and end count: rows or, where groups take turns, rows of a group. Units
+  // [run * inner, (run + 1) * inner) share a scale row or, with turns, the scale rows in turn.
+  const int turns_dim = kTurns ? dim_of_turns(shape, args.input_strides) : -1;
+  if constexpr (!kTurns) cursor.seek(begin);
+  int64_t unit = begin, run_end = begin;
+  int64_t turn = 0;
+  const Scale* scale = nullptr;
+  const auto start_run = [&] {
+    const int64_t run = unit / shape.inner;
+    run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
+    scale = (const Scale*)args.scale;
+    if constexpr (kTurns) {
+      cursor.seek(run * shape.groups * shape.inner + unit % shape.inner);
+    } else {
+      scale += run % shape.groups * dim;
     }
   };
-  // Rows [run * inner, (run + 1) * inner) share a scale row.
-  int64_t run_end = begin;
-  const Scale* scale = nullptr;
-  const auto start_run = [&](int64_t row) {
-    const int64_t run = row / shape.inner;
-    scale = (const Scale*)args.scale + run % shape.groups * dim;
-    run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
-  };
-
-  if constexpr (sizeof(Input) == 2) {
-    // Conversions keep the processor busy, and would wait for a block's 1/rms, which take long one
-    // after the other. So the next block is summed before one is written.
-    int64_t row = begin;
-    const auto take_block = [&](Block& block) {
-      if (row == run_end) start_run(row);
-      block.scale = scale;
-      block.count = int(run_end - row < kBlockRows ? run_end - row : kBlockRows);
-      row += block.count;
-      take_rows(block, block.count);
-      if (block.count == kBlockRows) {
-        block.rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0);
-      } else {
-        for (int r = 0; r < block.count; ++r) {
-          block.rstd[r] = forward_rstd<1, kStream, Input>(shape, length, block.rows, r)[0];
+  // A block whose group has the first turn. False: there are no rows left.
+  const auto take_rows = [&](Block& block) {
+    block.count = 0;
+    if (unit == end) return false;
+    if (unit == run_end) start_run();
+    block.count = int(run_end - unit < kBlockRows ? run_end - unit : kBlockRows);
+    unit += block.count;
+    block.scale = scale;
+    block.rows.input_step = cursor.step(0);
+    block.output_step = cursor.step(1);
+    if constexpr (kAdds) block.rows.residual_step = cursor.step(2);
+    const auto take = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
+      for (int r = 0; r < count; ++r, cursor.next()) {
+        block.rows.input[r] = (const Input*)args.input + cursor.offset(0);
+        block.output[r] = (Output*)args.output + cursor.offset(1);
+        if constexpr (kAdds) {
+          block.rows.residual[r] = (const Input*)args.residual + cursor.offset(2);
+          block.rows.new_residual[r] = (Input*)args.new_residual + cursor.offset(3);
         }
       }
     };
-    Block next;
-    next.count = 0;
-    if (row < end) take_block(next);
-    while (next.count > 0) {
-      const Block block = next;
-      if (row < end) {
-        take_block(next);
-      } else {
-        next.count = 0;
-      }
-      if (block.count == kBlockRows) {
-        forward_rows<kBlockRows, kStream, Input>(
-            dim, block.rows, 0, block.scale, block.rstd, block.output, 2 * kBlockRows);
-      } else {
-        for (int r = 0; r < block.count; ++r) {
-          forward_rows<1, kStream, Input>(
-              dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 1);
-        }
+    if (block.count == kBlockRows) {
+      take(Constant<kBlockRows>());
+    } else {
+      take(block.count);
+    }
+    return true;
+  };
+  // The block after `block`, of the group whose turn is next.
+  const auto take_next = [&](Block& block) {
+    if (!kTurns || ++turn == shape.groups) {
+      turn = 0;
+      return take_rows(block);
+    }
+    block.scale += dim;
+    for (int r = 0; r < block.count; ++r) {
+      block.rows.input[r] += cursor.stride(0, turns_dim);
+      block.output[r] += cursor.stride(1, turns_dim);
+      if constexpr (kAdds) {
+        block.rows.residual[r] += cursor.stride(2, turns_dim);
+        block.rows.new_residual[r] += cursor.stride(3, turns_dim);
       }
     }
+    return true;
+  };
+  const auto sum_block = [&](Block& block) {
+    if (block.count == kBlockRows) {
+      block.rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0);
+    } else {
+      for (int r = 0; r < block.count; ++r) {
+        block.rstd[r] = forward_rstd<1, kStream, Input>(shape, length, block.rows, r)[0];
+      }
+    }
+  };
+  const auto write_block = [&](const Block& block, int ahead) {
+    if (block.count == kBlockRows) {
+      forward_rows<kBlockRows, kStream, kAskAhead, Input>(
+          dim, block.rows, 0, block.scale, block.rstd, block.output, block.output_step, ahead);
+    } else {
+      for (int r = 0; r < block.count; ++r) {
+        forward_rows<1, kStream, false, Input>(
+            dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 0, 1);
+      }
+    }
+  };
+
+  Block next;
+  bool more = take_rows(next);
+  if constexpr (sizeof(Input) == 2) {
+    // Conversions keep the processor busy, and would wait for a block's 1/rms, which take long one
+    // after the other. So the next block is summed before one is written.
+    if (more) sum_block(next);
+    while (more) {
+      const Block block = next;
+      more = take_next(next);
+      if (more) sum_block(next);
+      write_block(block, 2 * kBlockRows);
+    }
   } else {
-    Block block;
-    for (int64_t row = begin; row < end;) {
-      start_run(row);
-      for (; row + kBlockRows <= run_end; row += kBlockRows) {
-        take_rows(block, kBlockRows);
-        const Quad rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0);
-        forward_rows<kBlockRows, kStream, Input>(
-            dim, block.rows, 0, scale, rstd, block.output, kBlockRows);
-      }
-      for (; row < run_end; ++row) {
-        take_rows(block, 1);
-        const Quad rstd = forward_rstd<1, kStream, Input>(shape, length, block.rows, 0);
-        forward_rows<1, kStream, Input>(dim, block.rows, 0, scale, rstd, block.output, 1);
-      }
+    for (; more; more = take_next(next)) {
+      sum_block(next);
+      write_block(next, kBlockRows);
     }
   }
 }
 
+// Bytes of an input from which on it does not stay in the caches together with the output.
+constexpr int64_t kBeyondCaches = int64_t(12) << 20;
+
 template <class Input, class Scale, class Args>
 void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
+  const bool beyond_caches =
+      args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches;
   if (stream) {
-    forward_range<true, Input, Scale>(args, begin, end);
+    forward_range<true, false, false, Input, Scale>(args, begin, end);
     stream_end();
+  } else if (dim_of_turns(args.shape, args.input_strides) >= 0) {
+    if (beyond_caches) {
+      forward_range<false, true, true, Input, Scale>(args, begin, end);
+    } else {
+      forward_range<false, false, true, Input, Scale>(args, begin, end);
+    }
+  } else if (beyond_caches) {
+    forward_range<false, true, false, Input, Scale>(args, begin, end);
   } else {
-    forward_range<false, Input, Scale>(args, begin, end);
+    forward_range<false, false, false, Input, Scale>(args, begin, end);
   }
 }
 
@@ -458,9 +506,11 @@ inline void backward_rows(
     rstd[r] = splat(block.rstd[r]);
     if constexpr (kGradInput) mean_dot[r] = splat(block.mean_dot[r]);
   }
-  // The next block, whose four rows of two operands a processor does not foresee. Shorter rows are
-  // not worth it, and ask for what is there.
-  const int ahead = dim * int64_t(sizeof(Input)) >= kWorthFetching ? kBlockRows : 0;
+  // The next block, whose four rows of two operands a processor does not foresee. Shorter rows that
+  // lie next to each other are not worth it, and ask for what is there.
+  const bool worth_fetching =
+      dim * int64_t(sizeof(Input)) >= kWorthFetching || block.input_step != dim;
+  const int ahead = worth_fetching ? kBlockRows : 0;
   const int64_t input_ahead = ahead * block.input_step;
   const int64_t grad_output_ahead = ahead * block.grad_output_step;
   const int64_t grad_new_residual_ahead = kAdds ? ahead * block.grad_new_residual_step : 0;
@@ -512,14 +562,24 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const BackwardPlan plan = backward_plan(shape);
   auto cursor = cursor_of(args);
   const RowLength length(shape.dim);
+  const int turns_dim = dim_of_turns(shape, args.input_strides);
   BackwardBlock<Input, Output> block;
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t group = task / plan.chunks_per_group;
-    const int64_t chunk_begin = task % plan.chunks_per_group * plan.chunk_rows;
+  for (int64_t task = begin; task < end;) {
+    // The same chunk of groups [first, last).
+    int64_t chunk, first, last;
+    if (turns_dim < 0) {
+      first = task / plan.chunks_per_group;
+      last = first + 1;
+      chunk = task % plan.chunks_per_group;
+    } else {
+      first = task % shape.groups;
+      last = first + (end - task) < shape.groups ? first + (end - task) : shape.groups;
+      chunk = task / shape.groups;
+    }
+    task += last - first;
+    const int64_t chunk_begin = chunk * plan.chunk_rows;
     const int64_t left = plan.rows_per_group - chunk_begin;
     const int64_t chunk_rows = left < plan.chunk_rows ? left : plan.chunk_rows;
-    const Scale* scale = (const Scale*)args.scale + group * shape.dim;
-    Real* grad_scale = kGradScale ? (Real*)args.workspace + task * shape.dim : nullptr;
 
     int64_t run_left = 0;  // rows before the group goes on elsewhere
     for (int64_t done = 0; done < chunk_rows; done += kBlockRows) {
@@ -530,7 +590,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
         } else {
           const int64_t run = (chunk_begin + done + r) / shape.inner;
           const int64_t in_run = (chunk_begin + done + r) % shape.inner;
-          cursor.seek((run * shape.groups + group) * shape.inner + in_run);
+          cursor.seek((run * shape.groups + first) * shape.inner + in_run);
           run_left = shape.inner - in_run;
         }
         --run_left;
@@ -544,13 +604,26 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
       block.grad_output_step = cursor.step(0);
       block.input_step = cursor.step(1);
       if constexpr (kAdds) block.grad_new_residual_step = cursor.step(3);
-      backward_statistics<kGradInput>(shape, length, scale, rows, block);
-      if (rows == kBlockRows) {
-        backward_rows<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
-            shape.dim, scale, rows, block, grad_scale, done == 0);
-      } else {
-        backward_rows<0, kAdds, kGradInput, kGradScale, kStream>(
-            shape.dim, scale, rows, block, grad_scale, done == 0);
+      for (int64_t group = first;;) {
+        const Scale* scale = (const Scale*)args.scale + group * shape.dim;
+        Real* grad_scale =
+            kGradScale ? (Real*)args.workspace + (group * plan.chunks_per_group + chunk) * shape.dim
+                       : nullptr;
+        backward_statistics<kGradInput>(shape, length, scale, rows, block);
+        if (rows == kBlockRows) {
+          backward_rows<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
+              shape.dim, scale, rows, block, grad_scale, done == 0);
+        } else {
+          backward_rows<0, kAdds, kGradInput, kGradScale, kStream>(
+              shape.dim, scale, rows, block, grad_scale, done == 0);
+        }
+        if (++group == last) break;
+        for (int r = 0; r < rows; ++r) {
+          block.grad_output[r] += cursor.stride(0, turns_dim);
+          block.input[r] += cursor.stride(1, turns_dim);
+          block.grad_input[r] += cursor.stride(2, turns_dim);
+          if constexpr (kAdds) block.grad_new_residual[r] += cursor.stride(3, turns_dim);
+        }
       }
     }
   }

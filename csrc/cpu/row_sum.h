@@ -81,7 +81,7 @@ struct First {
 
 // Calls body(part, i) for every Pair of elements from `begin` on, the last of which may be partial.
 template <class Part = Whole, class Body>
-inline void for_each_pair(int64_t begin, int64_t end, const Body& body) {
+COREAI_TORCH_INLINE void for_each_pair(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
   for (; i + Pair::kLanes <= end; i += Pair::kLanes) body(Part(), i);
   if (i < end) body(First{end - i}, i);

@@ -4,6 +4,8 @@
 #include <initializer_list>
 
 #include "coreai_torch/rms_norm.h"
+#include "cpu/output_memory.h"
+#include "cpu/rms_norm_plan.h"
 
 namespace coreai_torch {
 namespace {
@@ -22,21 +24,41 @@ inline bool is_contiguous(
   return true;
 }
 
+// grad_input of rms_norm and of add_rms_norm.
+inline Outputs backward_outputs(const RmsNormBackward& args, bool operands_are_contiguous) {
+  const RmsNormShape& shape = args.shape;
+  if (args.grad_input == nullptr || !is_contiguous(shape, {args.grad_input_strides})) return {};
+  const int64_t row_bytes = shape.dim * kSizes[int(shape.input_dtype)];
+  const int64_t task_bytes = shape.groups == 1 ? backward_plan(shape).chunk_rows * row_bytes : 0;
+  return {
+      {{args.grad_input, shape.rows * row_bytes, task_bytes}},
+      operands_are_contiguous && row_bytes % kLine == 0};
+}
+
 template <class Kernel, class Args>
 void run(
-    Kernel kernel, const Args& args, bool stream, int64_t count, int64_t elements_each,
+    Kernel kernel, const Args& args, const Outputs& outputs, int64_t count, int64_t elements_each,
     ParallelFor parallel_for) {
   struct Context {
     Kernel kernel;
     const Args* args;
-    bool stream;
-  } context{kernel, &args, stream};
+    const Outputs* outputs;
+  } context{kernel, &args, &outputs};
   const int64_t grain = elements_each < kGrainElements ? kGrainElements / elements_each : 1;
   parallel_for(
       0, count, grain,
       [](int64_t begin, int64_t end, void* opaque) {
-        const Context* context = static_cast<const Context*>(opaque);
-        context->kernel(*context->args, context->stream, begin, end);
+        const auto& [kernel, args, outputs] = *static_cast<const Context*>(opaque);
+        const int64_t requested = outputs->units_to_request();
+        if (requested == 0) {
+          kernel(*args, outputs->stream(), begin, end);
+          return;
+        }
+        for (int64_t unit = begin; unit < end; unit += requested) {
+          const int64_t next = end - unit < requested ? end : unit + requested;
+          outputs->request(unit, next);
+          kernel(*args, false, unit, next);
+        }
       },
       &context);
 }

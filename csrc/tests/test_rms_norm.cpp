@@ -2,6 +2,7 @@
 // against the others bit for bit, any division into ranges, strides, groups, and unwritten memory.
 #include <cmath>
 #include <cstdio>
+#include <initializer_list>
 #include <random>
 #include <vector>
 
@@ -15,8 +16,32 @@ namespace {
 
 struct Problem {
   int64_t outer, groups, inner, dim, padding;
+  bool transposed = false;  // (outer, inner, groups) in memory
+
   int64_t rows() const { return outer * groups * inner; }
   int64_t stride() const { return dim + padding; }
+
+  // Of a row's first element.
+  int64_t offset(int64_t row) const {
+    if (!transposed) return row * stride();
+    const int64_t run = row / inner;
+    return ((run / groups * inner + row % inner) * groups + run % groups) * stride();
+  }
+
+  void describe(RmsNormShape* shape, std::initializer_list<int64_t*> operands) const {
+    *shape = shape_of(rows(), groups, inner, dim);
+    if (transposed) {
+      shape->row_ndim = 3;
+      shape->row_sizes[0] = outer;
+      shape->row_sizes[1] = groups;
+      shape->row_sizes[2] = inner;
+    }
+    for (int64_t* strides : operands) {
+      strides[0] = transposed ? inner * groups * stride() : stride();
+      strides[1] = stride();
+      strides[2] = groups * stride();
+    }
+  }
 };
 
 struct Result {
@@ -45,15 +70,16 @@ Result run(const Problem& p, const Data& data, ParallelFor parallel_for) {
       std::vector<float>(data.scale.size(), NAN)};
 
   RmsNormForward forward;
-  forward.shape = shape_of(p.rows(), p.groups, p.inner, p.dim);
+  p.describe(&forward.shape, {forward.input_strides, forward.output_strides});
   forward.input = data.input.data();
   forward.scale = data.scale.data();
   forward.output = result.output.data();
-  forward.input_strides[0] = forward.output_strides[0] = p.stride();
   rms_norm_forward_cpu(forward, parallel_for);
 
   RmsNormBackward backward;
-  backward.shape = forward.shape;
+  p.describe(
+      &backward.shape,
+      {backward.grad_output_strides, backward.input_strides, backward.grad_input_strides});
   std::vector<char> workspace(size_t(rms_norm_backward_workspace_cpu(backward.shape)), char(0xff));
   backward.grad_output = data.grad_output.data();
   backward.input = data.input.data();
@@ -61,8 +87,6 @@ Result run(const Problem& p, const Data& data, ParallelFor parallel_for) {
   backward.grad_input = result.grad_input.data();
   backward.grad_scale = result.grad_scale.data();
   backward.workspace = workspace.data();
-  backward.grad_output_strides[0] = backward.input_strides[0] = backward.grad_input_strides[0] =
-      p.stride();
   rms_norm_backward_cpu(backward, parallel_for);
   return result;
 }
@@ -71,8 +95,8 @@ void check_against_double(const Problem& p, const Data& data, const Result& resu
   std::vector<double> grad_scale(data.scale.size(), 0.0);
   std::vector<double> magnitude(data.scale.size(), 1.0);
   for (int64_t row = 0; row < p.rows(); ++row) {
-    const float* x = &data.input[row * p.stride()];
-    const float* g = &data.grad_output[row * p.stride()];
+    const float* x = &data.input[p.offset(row)];
+    const float* g = &data.grad_output[p.offset(row)];
     const int64_t group = row / p.inner % p.groups;
     const float* w = &data.scale[group * p.dim];
     double squares = 0, dot = 0;
@@ -85,7 +109,7 @@ void check_against_double(const Problem& p, const Data& data, const Result& resu
       const double normalized = x[i] * rstd;
       const double output = normalized * w[i];
       const double grad_input = (double(g[i]) * w[i] - normalized * dot * rstd / p.dim) * rstd;
-      const int64_t at = row * p.stride() + i;
+      const int64_t at = p.offset(row) + i;
       CHECK(
           std::abs(result.output[at] - output) <= 1e-6 * (1 + std::abs(output)),
           "row %lld element %lld: %g, expected %g", (long long)row, (long long)i, result.output[at],
@@ -99,8 +123,7 @@ void check_against_double(const Problem& p, const Data& data, const Result& resu
     }
     for (int64_t i = p.dim; i < p.stride(); ++i) {
       CHECK(
-          std::isnan(result.output[row * p.stride() + i]), "written behind row %lld",
-          (long long)row);
+          std::isnan(result.output[p.offset(row) + i]), "written behind row %lld", (long long)row);
     }
   }
   for (size_t i = 0; i < grad_scale.size(); ++i) {
@@ -119,9 +142,11 @@ int main() {
     problems.push_back({1, 1, 37, dim, 5});
     problems.push_back({3, 4, 5, dim, 0});
     problems.push_back({2, 3, 1, dim, 1});
+    problems.push_back({2, 3, 6, dim, 1, /*transposed=*/true});
   }
   problems.push_back({1, 1, 3000, 16, 0});
   problems.push_back({2, 2, 700, 8, 0});
+  problems.push_back({2, 3, 1401, 8, 0, /*transposed=*/true});
   problems.push_back({1, 1, 0, 8, 0});
 
   int runs = 0;

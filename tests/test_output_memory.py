@@ -1,0 +1,72 @@
+"""Large outputs have the bits of small ones, whether their memory is there already or fresh."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+# A part by itself is below the size from which on the system is asked about an output's memory.
+PROGRAM = """
+import torch
+from coreai_torch import ops
+from coreai_torch.backends import cpu
+
+PART = 200
+backward = torch.ops.coreai_torch.fused_rms_norm_backward
+for dtype, rows in ((torch.float32, 1700), (torch.bfloat16, 3400), (torch.float16, 3400)):
+    x, g, w = (torch.randn(n, 4096).to(dtype) for n in (rows, rows, 1))
+    for level in cpu.supported_levels():
+        with cpu.level(level):
+            y = torch.cat([ops.rms_norm(part, w) for part in x.split(PART)])
+            dx = torch.cat([
+                backward(dy, part, w, 1e-5, [True, True])[0]
+                for dy, part in zip(g.split(PART), x.split(PART))
+            ])
+            for _ in range(3):  # freed memory comes back, or not
+                assert torch.equal(ops.rms_norm(x, w), y), (level, dtype)
+                whole, _ = backward(g, x, w, 1e-5, [True, True])
+                assert torch.equal(whole, dx), (level, dtype)
+                del whole
+"""
+
+ADD_PROGRAM = """
+import torch
+from coreai_torch import ops
+from coreai_torch.backends import cpu
+
+PART = 200
+backward = torch.ops.coreai_torch.fused_add_rms_norm_backward
+for dtype, rows in ((torch.float32, 1700), (torch.bfloat16, 3400), (torch.float16, 3400)):
+    x, r, g, w = (torch.randn(n, 4096).to(dtype) for n in (rows, rows, rows, 1))
+    for level in cpu.supported_levels():
+        with cpu.level(level):
+            parts = [ops.add_rms_norm(*part, w) for part in zip(x.split(PART), r.split(PART))]
+            y, s = (torch.cat(part) for part in zip(*parts))
+            dx = torch.cat([
+                backward(*part, w, 1e-5, [True, True])[0]
+                for part in zip(g.split(PART), r.split(PART), x.split(PART))
+            ])
+            for _ in range(3):  # freed memory comes back, or not
+                output, new_residual = ops.add_rms_norm(x, r, w)
+                assert torch.equal(output, y), (level, dtype)
+                assert torch.equal(new_residual, s), (level, dtype)
+                whole, _ = backward(g, r, x, w, 1e-5, [True, True])
+                assert torch.equal(whole, dx), (level, dtype)
+                del output, new_residual, whole
+"""
+
+MEMORY = {
+    "kept": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
+    "fresh": "glibc.malloc.mmap_threshold=65536",  # given back to the system at once
+}
+
+
+@pytest.mark.parametrize("tunables", MEMORY.values(), ids=MEMORY)
+@pytest.mark.parametrize("program", [PROGRAM, ADD_PROGRAM], ids=["rms_norm", "add_rms_norm"])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes no difference elsewhere")
+def test_large_outputs_have_the_bits_of_small_ones(program, tunables):
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
