@@ -39,8 +39,9 @@ test: $(INSTALLED) test-cpp  ## the C++ tests and the Python tests, but the slow
 	@$(MAKE) -s converter || echo "Without Apple's converter: the tests of conversion are skipped."
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
+# Two at a time: some fill a third of a laptop's memory.
 test-slow: $(INSTALLED)  ## the slow tests
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m slow
 
 test-cpp: $(INSTALLED)  ## the framework-free library's own tests
 	$(BIN)/cmake -S . -B build/cpp -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
