@@ -399,13 +399,15 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   }
 }
 
-// Bytes of an input from which on it does not stay in the caches together with the output.
+// Bytes of what is read, from which on it does not stay in the caches together with what is
+// written.
 constexpr int64_t kBeyondCaches = int64_t(12) << 20;
 
 template <class Input, class Scale, class Args>
 void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
+  constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
   const bool beyond_caches =
-      args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches;
+      kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches;
   if (stream) {
     forward_range<true, false, false, Input, Scale>(args, begin, end);
     stream_end();
