@@ -38,6 +38,7 @@ MEASURES = {
     "models": ("default",),
     "rows": ("warm",),
     "threads": ("warm",),
+    "levels": ("warm",),
 }
 OUTPUTS = ("json", "csv", "plot")
 QUICK_MEASURES = "times,host,memory"
@@ -199,9 +200,10 @@ def run_here(options: argparse.Namespace) -> dict[str, Any]:
         "models": lambda: models.model_times(plan),
         "rows": lambda: scaling.by_rows(plan),
         "threads": lambda: scaling.by_threads(plan, scaling.thread_counts()),
+        "levels": lambda: scaling.by_levels(plan, cpu.supported_levels()),
     }
     if options.device == "cuda":
-        del others["threads"]
+        del others["threads"], others["levels"]
     for name, measured in others.items():
         if name in options.measures:
             print(f"measuring: {name}", flush=True)

@@ -1,19 +1,26 @@
-"""Is the cost linear in rows, and what do more threads bring?"""
+"""Is the cost linear in rows, what do more threads bring, and what do SIMD levels?"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .cases import Case
+from coreai_torch.backends import cpu
+
+from . import timing
+from .cases import Case, make_inputs
 from .measure import Plan, measure
+from .providers import Subject, forward_backward, make_subjects
 
 ROWS_DIM = 64
 ROWS = tuple(10**exponent for exponent in range(7))
 THREAD_SHAPES = ((2048, 1024), (4096, 4096))
 DTYPES = ("float32", "bfloat16")
+LEVEL_SHAPE = (4096, 4096)
+LEVEL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def by_rows(plan: Plan, rows: tuple[int, ...] = ROWS) -> list[dict[str, Any]]:
@@ -42,3 +49,43 @@ def by_threads(
     finally:
         torch.set_num_threads(before)
     return result
+
+
+def by_levels(
+    plan: Plan, levels: list[str], shape: tuple[int, int] = LEVEL_SHAPE
+) -> list[dict[str, Any]]:
+    """Ours at every level, side by side. That their results are equal is for the tests to see."""
+    records = []
+    for dtype in LEVEL_DTYPES:
+        case = Case(shape, dtype)
+        inputs = make_inputs(case)
+        constant = inputs.detached()
+        inference = make_subjects(case, constant, ["ours"])["ours"]
+        training = make_subjects(case, inputs, ["ours"])["ours"]
+
+        def forward(subject: Subject = inference, tensors: Any = constant.tensors) -> object:
+            return subject.call(*tensors)
+
+        def both(subject: Subject = training, inputs: Any = inputs) -> object:
+            return forward_backward(subject, inputs)
+
+        runs = {"forward": forward, "forward+backward": both}
+        timed = {
+            (direction, level): at_level(level, run)
+            for direction, run in runs.items()
+            for level in levels
+        }
+        timings = timing.take_turns(timed, plan.effort)
+        times: dict[str, dict[str, dict[str, float]]] = {}
+        for (direction, level), seconds in timings.seconds.items():
+            times.setdefault(direction, {})[level] = timing.summary(seconds)
+        records.append({"name": case.name, "dtype": dtype, "times": times} | timings.counts())
+    return records
+
+
+def at_level(level: str, run: Callable[[], object]) -> Callable[[], object]:
+    def run_at_level() -> object:
+        with cpu.level(level):
+            return run()
+
+    return run_at_level

@@ -207,6 +207,19 @@ def by_threads(section: Record) -> list[str]:
     return [*lines, *markdown(("case", "threads", *SCALING), rows, "l" + "r" * 7), ""]
 
 
+def by_levels(section: Record) -> list[str]:
+    records = section["records"]
+    levels = list(records[0]["times"]["forward"])
+    lines = ["## Cost by SIMD level", "", f"{where(section)}, µs. The results are equal.", ""]
+    rows = [
+        [record["name"], SHORT[direction]]
+        + [f"{times[level]['median_us']:.1f}" for level in levels]
+        for record in records
+        for direction, times in record["times"].items()
+    ]
+    return [*lines, *markdown(("case", "", *levels), rows, "ll" + "r" * len(levels)), ""]
+
+
 def instructions(section: Record) -> list[str]:
     changed = ", with uncommitted changes" if section["dirty"] else ""
     lines = [
@@ -237,5 +250,6 @@ EXTRA = {
     "models": models,
     "rows": by_rows,
     "threads": by_threads,
+    "levels": by_levels,
     "instructions": instructions,
 }

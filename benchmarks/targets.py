@@ -108,6 +108,23 @@ def checks(run: Record) -> Iterator[Check]:
                 yield found
 
 
+AVX2, AVX512 = "x86-64-v3", "x86-64-v4"
+LEVEL_BOUNDS = {"float32": 1.15, "float16": 1.2, "bfloat16": 2.0}
+
+
+def level_checks(section: Record) -> Iterator[Check]:
+    """How much longer AVX2 may take than the best level with AVX-512, on large tensors."""
+    for record in section["records"]:
+        for direction, times in record["times"].items():
+            best = list(times)[-1]  # they are in ascending order
+            if AVX2 not in times or not best.startswith(AVX512):
+                continue
+            target = Target(direction, f"the {best} level", LEVEL_BOUNDS[record["dtype"]])
+            ours, other = (times[level]["median_us"] for level in (AVX2, best))
+            name = f"{record['name']}, {AVX2} level"
+            yield Check(section["mode"], name, target, ours / other, f"{ours:.1f}, {other:.1f}")
+
+
 def check(run: Record, case: Record, target: Target) -> Check | None:
     ours = time_of(case, target.direction, "ours")
     if target.other is None:

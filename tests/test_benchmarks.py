@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import coreai_torch
+from coreai_torch.backends import cpu
 
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "benchmarks" / "results" / "cpu.json").exists():
@@ -255,6 +256,7 @@ def test_other_measures():
         "models": models.model_times(TRIAL, size),
         "rows": scaling.by_rows(TRIAL, (1, 10)),
         "threads": scaling.by_threads(TRIAL, [1, 2], ((8, 64),)),
+        "levels": scaling.by_levels(TRIAL, cpu.supported_levels(), (8, 64)),
     }
     labels = {overheads.FLOOR, "ours, function", "ours, module", "F.rms_norm", "nn.RMSNorm"}
     for record in result["host"]:
@@ -275,6 +277,18 @@ def test_other_measures():
         lines = sections.EXTRA[name](section)
         assert lines[0].startswith("## ")
         assert any(line.startswith("| ") for line in lines)
+
+
+def test_targets_of_levels():
+    times = {name: {"median_us": us} for name, us in (("x86-64-v3", 30.0), ("x86-64-v4", 20.0))}
+    records = [
+        {"name": dtype, "dtype": dtype, "times": {"forward": times}}
+        for dtype in ("float32", "bfloat16")
+    ]
+    section = {"mode": "warm", "threads": 2, "records": records}
+    assert [check.met for check in targets.level_checks(section)] == [False, True]
+    del times["x86-64-v4"]
+    assert not list(targets.level_checks(section))
 
 
 def test_other_measures_drop_wrong_results(monkeypatch):
