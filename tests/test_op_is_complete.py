@@ -15,7 +15,7 @@ import torch
 from environments import ROOT
 from torch.distributed.tensor import DTensor
 
-from coreai_torch import ops, reference
+from coreai_torch import _C, ops, reference
 
 IN_CHECKOUT = (ROOT / "csrc").exists()
 
@@ -80,6 +80,8 @@ def missing(op: str) -> Iterator[str]:
         for what, present in OF_KERNELS.items():
             if not present(name):
                 yield f"for {name}, a " + what.format(op=op)
+    if not callable(getattr(_C, f"fused_{op}", None)):
+        yield f"a call in the Python module, fused_{op} (csrc/torch/python_calls.cpp)"
     if op in registered() and not has_kernel(op, "CompositeImplicitAutograd"):
         yield f"a CompositeImplicitAutograd kernel (coreai_torch/ops/{op}.py)"
     for module in (ops, reference):
@@ -127,7 +129,7 @@ def test_what_a_new_op_is_told():
     told = "\n".join(lacks)
     for what in ("Autograd", "devices without", "fake", "vmap", "sharding", "reference", "ops"):
         assert what in told
-    for what in ("tests/test_halve*.py", "benchmark", "page", "csrc/README.md"):
+    for what in ("python_calls", "tests/test_halve*.py", "benchmark", "page", "csrc/README.md"):
         assert what in told
     assert "CPU kernel" not in told
-    assert len(lacks) == 5 + 1 + 2 + 2 + 4
+    assert len(lacks) == 5 + 1 + 1 + 2 + 2 + 4
