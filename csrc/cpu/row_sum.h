@@ -23,8 +23,13 @@ constexpr bool kSame = false;
 template <class A>
 constexpr bool kSame<A, A> = true;
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)  // would take minutes to compile
+#define COREAI_TORCH_INLINE inline
+#define COREAI_TORCH_INLINE_LAMBDA
+#else
 #define COREAI_TORCH_INLINE __attribute__((always_inline)) inline
 #define COREAI_TORCH_INLINE_LAMBDA __attribute__((always_inline))
+#endif
 
 // A number as a type.
 template <int kValue>
