@@ -43,4 +43,8 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm_backward(
     const at::Tensor& new_residual, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask, const AddRmsNormDevice& device);
 
+// The op coreai_torch::fused_add_rms_norm, through the dispatcher.
+std::tuple<at::Tensor, at::Tensor> call_add_rms_norm(
+    const at::Tensor& input, const at::Tensor& residual, const at::Tensor& scale, double eps);
+
 }  // namespace coreai_torch

@@ -9,15 +9,16 @@
 #include "torch/rms_norm.h"
 
 namespace coreai_torch {
-namespace {
 
-std::tuple<at::Tensor, at::Tensor> call_forward(
+std::tuple<at::Tensor, at::Tensor> call_add_rms_norm(
     const at::Tensor& input, const at::Tensor& residual, const at::Tensor& scale, double eps) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("coreai_torch::fused_add_rms_norm", "")
-                             .typed<decltype(call_forward)>();
+                             .typed<decltype(call_add_rms_norm)>();
   return op.call(input, residual, scale, eps);
 }
+
+namespace {
 
 std::tuple<at::Tensor, at::Tensor> call_backward(
     const at::Tensor& grad_output, const at::Tensor& grad_new_residual,
@@ -79,7 +80,7 @@ class AddRmsNormFunction : public torch::autograd::Function<AddRmsNormFunction> 
     ctx->saved_data["eps"] = eps;
     const HiddenTransforms::Shown shown(hidden);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [output, new_residual] = call_forward(input, residual, scale, eps);
+    auto [output, new_residual] = call_add_rms_norm(input, residual, scale, eps);
     ctx->save_for_backward({new_residual, scale});
     return {output, new_residual};
   }
@@ -118,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm_autograd(
   }
   if (!require_grad(input, residual, scale)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_forward(input, residual, scale, eps);
+    return call_add_rms_norm(input, residual, scale, eps);
   }
   HiddenTransforms hidden;
   const variable_list outputs = AddRmsNormFunction::apply(input, residual, scale, eps, &hidden);

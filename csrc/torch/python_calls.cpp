@@ -3,9 +3,11 @@
 #include <tuple>
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+
+#include "torch/add_rms_norm.h"
+#include "torch/rms_norm.h"
 
 namespace coreai_torch {
 namespace {
@@ -35,14 +37,11 @@ const at::Tensor& tensor(PyObject* arg) { return THPVariable_Unpack(arg); }
 PyObject* fused_rms_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!are_plain<2>(args, count)) return call_torch_op("fused_rms_norm", args, count);
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("coreai_torch::fused_rms_norm", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, double)>();
   const double eps = PyFloat_AS_DOUBLE(args[2]);
   at::Tensor output;
   {
     const py::gil_scoped_release no_gil;
-    output = op.call(tensor(args[0]), tensor(args[1]), eps);
+    output = call_rms_norm(tensor(args[0]), tensor(args[1]), eps);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -51,16 +50,11 @@ PyObject* fused_rms_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* fused_add_rms_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (!are_plain<3>(args, count)) return call_torch_op("fused_add_rms_norm", args, count);
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("coreai_torch::fused_add_rms_norm", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&, double)>();
   const double eps = PyFloat_AS_DOUBLE(args[3]);
   std::tuple<at::Tensor, at::Tensor> results;
   {
     const py::gil_scoped_release no_gil;
-    results = op.call(tensor(args[0]), tensor(args[1]), tensor(args[2]), eps);
+    results = call_add_rms_norm(tensor(args[0]), tensor(args[1]), tensor(args[2]), eps);
   }
   auto& [output, new_residual] = results;
   return py::make_tuple(

@@ -105,7 +105,8 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask, const RmsNormDevice& device);
 
-// The op coreai_torch::fused_rms_norm_backward, through the dispatcher.
+// The ops coreai_torch::fused_rms_norm and fused_rms_norm_backward, through the dispatcher.
+at::Tensor call_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps);
 std::tuple<at::Tensor, at::Tensor> call_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask);

@@ -10,6 +10,13 @@
 
 namespace coreai_torch {
 
+at::Tensor call_rms_norm(const at::Tensor& input, const at::Tensor& scale, double eps) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("coreai_torch::fused_rms_norm", "")
+                             .typed<decltype(call_rms_norm)>();
+  return op.call(input, scale, eps);
+}
+
 std::tuple<at::Tensor, at::Tensor> call_rms_norm_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& scale, double eps,
     std::array<bool, 2> output_mask) {
@@ -20,13 +27,6 @@ std::tuple<at::Tensor, at::Tensor> call_rms_norm_backward(
 }
 
 namespace {
-
-at::Tensor call_forward(const at::Tensor& input, const at::Tensor& scale, double eps) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("coreai_torch::fused_rms_norm", "")
-                             .typed<decltype(call_forward)>();
-  return op.call(input, scale, eps);
-}
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -77,7 +77,7 @@ class RmsNormFunction : public torch::autograd::Function<RmsNormFunction> {
     ctx->saved_data["eps"] = eps;
     const HiddenTransforms::Shown shown(hidden);
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_forward(input, scale, eps);
+    return call_rms_norm(input, scale, eps);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -97,7 +97,7 @@ at::Tensor fused_rms_norm_autograd(const at::Tensor& input, const at::Tensor& sc
   if (have_tangent(input, scale)) return composite_rms_norm(input, scale, eps);
   if (!require_grad(input, scale)) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return call_forward(input, scale, eps);
+    return call_rms_norm(input, scale, eps);
   }
   HiddenTransforms hidden;
   return RmsNormFunction::apply(input, scale, eps, &hidden);
