@@ -45,7 +45,7 @@ void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor paral
   if (shape.rows > 0 && shape.dim > 0) {
     const BackwardPlan plan = backward_plan(shape);
     const Outputs outputs = backward_outputs(
-        args,
+        args, plan,
         is_contiguous(
             shape, {args.grad_output_strides, args.grad_new_residual_strides, args.input_strides}));
     run(kernels_for(shape.input_dtype).backward[int(shape.input_dtype)][int(shape.scale_dtype)],

@@ -61,7 +61,7 @@ void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for
   if (shape.rows > 0 && shape.dim > 0) {
     const BackwardPlan plan = backward_plan(shape);
     const Outputs outputs = backward_outputs(
-        args, is_contiguous(shape, {args.grad_output_strides, args.input_strides}));
+        args, plan, is_contiguous(shape, {args.grad_output_strides, args.input_strides}));
     const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
     run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, outputs, plan.tasks,
         plan.chunk_rows * shape.dim, parallel_for);

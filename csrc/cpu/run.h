@@ -25,11 +25,12 @@ inline bool is_contiguous(
 }
 
 // grad_input of rms_norm and of add_rms_norm.
-inline Outputs backward_outputs(const RmsNormBackward& args, bool operands_are_contiguous) {
+inline Outputs backward_outputs(
+    const RmsNormBackward& args, const BackwardPlan& plan, bool operands_are_contiguous) {
   const RmsNormShape& shape = args.shape;
   if (args.grad_input == nullptr || !is_contiguous(shape, {args.grad_input_strides})) return {};
   const int64_t row_bytes = shape.dim * kSizes[int(shape.input_dtype)];
-  const int64_t task_bytes = shape.groups == 1 ? backward_plan(shape).chunk_rows * row_bytes : 0;
+  const int64_t task_bytes = shape.groups == 1 ? plan.chunk_rows * row_bytes : 0;
   return {
       {{args.grad_input, shape.rows * row_bytes, task_bytes}},
       operands_are_contiguous && row_bytes % kLine == 0};
