@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from coreai_torch.backends import cpu
 from . import timing
 from .cases import Case, make_inputs
 from .measure import Plan, measure
-from .providers import Subject, forward_backward, make_subjects
+from .providers import forward_backward, make_subjects
 
 ROWS_DIM = 64
 ROWS = tuple(10**exponent for exponent in range(7))
@@ -62,30 +62,18 @@ def by_levels(
         constant = inputs.detached()
         inference = make_subjects(case, constant, ["ours"])["ours"]
         training = make_subjects(case, inputs, ["ours"])["ours"]
-
-        def forward(subject: Subject = inference, tensors: Any = constant.tensors) -> object:
-            return subject.call(*tensors)
-
-        def both(subject: Subject = training, inputs: Any = inputs) -> object:
-            return forward_backward(subject, inputs)
-
-        runs = {"forward": forward, "forward+backward": both}
+        runs = {
+            "forward": functools.partial(inference.call, *constant.tensors),
+            "forward+backward": functools.partial(forward_backward, training, inputs),
+        }
         timed = {
-            (direction, level): at_level(level, run)
+            (direction, level): cpu.level(level)(run)
             for direction, run in runs.items()
             for level in levels
         }
         timings = timing.take_turns(timed, plan.effort)
         times: dict[str, dict[str, dict[str, float]]] = {}
-        for (direction, level), seconds in timings.seconds.items():
-            times.setdefault(direction, {})[level] = timing.summary(seconds)
+        for (direction, level), samples in timings.seconds.items():
+            times.setdefault(direction, {})[level] = timing.summary(samples)
         records.append({"name": case.name, "dtype": dtype, "times": times} | timings.counts())
     return records
-
-
-def at_level(level: str, run: Callable[[], object]) -> Callable[[], object]:
-    def run_at_level() -> object:
-        with cpu.level(level):
-            return run()
-
-    return run_at_level
