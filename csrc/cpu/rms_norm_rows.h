@@ -315,7 +315,6 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   };
   // A block whose group has the first turn. False: there are no rows left.
   const auto take_rows = [&](Block& block) {
-    block.count = 0;
     if (unit == end) return false;
     if (unit == run_end) start_run();
     block.count = int(run_end - unit < kBlockRows ? run_end - unit : kBlockRows);
@@ -405,20 +404,27 @@ constexpr int64_t kBeyondCaches = int64_t(12) << 20;
 
 template <class Input, class Scale, class Args>
 void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
-  constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
-  const bool beyond_caches =
-      kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches;
-  if (stream) {
-    forward_range<true, false, false, Input, Scale>(args, begin, end);
-    stream_end();
-  } else if (dim_of_turns(args.shape, args.input_strides) >= 0) {
-    if (beyond_caches) {
-      forward_range<false, true, true, Input, Scale>(args, begin, end);
-    } else {
-      forward_range<false, false, true, Input, Scale>(args, begin, end);
+  const bool turns = dim_of_turns(args.shape, args.input_strides) >= 0;
+  if constexpr (kStreams) {
+    constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
+    const bool beyond_caches =
+        kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches;
+    if (stream) {
+      forward_range<true, false, false, Input, Scale>(args, begin, end);
+      stream_end((const Input*)args.output);
+      return;
     }
-  } else if (beyond_caches) {
-    forward_range<false, true, false, Input, Scale>(args, begin, end);
+    if (beyond_caches) {
+      if (turns) {
+        forward_range<false, true, true, Input, Scale>(args, begin, end);
+      } else {
+        forward_range<false, true, false, Input, Scale>(args, begin, end);
+      }
+      return;
+    }
+  }
+  if (turns) {
+    forward_range<false, false, true, Input, Scale>(args, begin, end);
   } else {
     forward_range<false, false, false, Input, Scale>(args, begin, end);
   }
@@ -641,12 +647,16 @@ void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
   }
   if (args.grad_scale == nullptr) {
     backward_tasks<true, false, false, Input, Scale>(args, begin, end);
-  } else if (!stream) {
-    backward_tasks<true, true, false, Input, Scale>(args, begin, end);
-  } else {
-    backward_tasks<true, true, true, Input, Scale>(args, begin, end);
-    stream_end();
+    return;
   }
+  if constexpr (kStreams) {
+    if (stream) {
+      backward_tasks<true, true, true, Input, Scale>(args, begin, end);
+      stream_end((const Input*)args.grad_input);
+      return;
+    }
+  }
+  backward_tasks<true, true, false, Input, Scale>(args, begin, end);
 }
 
 // The sum of `count` rows of the workspace, pairwise.

@@ -17,6 +17,7 @@ struct Pair {
 
 constexpr int kForwardRows = 2;
 constexpr int kBackwardSumRows = 1;
+constexpr bool kStreams = true;
 
 inline void split(Pair v, Vector* parts) {
   parts[0] = v.lo;
@@ -85,7 +86,10 @@ inline void stream(T* p, Pair v) {
   store(rounded, v);
   _mm256_stream_si256((__m256i*)p, load_256(rounded));
 }
-inline void stream_end() { _mm_sfence(); }
+template <class T>
+inline void stream_end(const T*) {
+  _mm_sfence();
+}
 
 template <class T>
 Pair round_to(Pair v);

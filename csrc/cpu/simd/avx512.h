@@ -18,6 +18,7 @@ struct Pair {
 
 constexpr int kForwardRows = 4;
 constexpr int kBackwardSumRows = 2;
+constexpr bool kStreams = true;
 
 inline void split(Pair v, Vector* parts) {
   parts[0] = _mm512_castps512_ps256(v.lo);
@@ -159,7 +160,10 @@ inline void stream(float* p, Pair v) {
 }
 inline void stream(Float16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_float16(v)); }
 inline void stream(BFloat16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_bfloat16(v)); }
-inline void stream_end() { _mm_sfence(); }
+template <class T>
+inline void stream_end(const T*) {
+  _mm_sfence();
+}
 
 template <class T>
 Pair round_to(Pair v);

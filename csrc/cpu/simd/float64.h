@@ -20,6 +20,7 @@ struct Pair {
 
 constexpr int kForwardRows = 1;
 constexpr int kBackwardSumRows = 1;
+constexpr bool kStreams = false;
 
 inline void split(Pair v, Vector* parts) {
   parts[0] = __builtin_shufflevector(v.lo, v.hi, 0, 1, 2, 3);
@@ -53,12 +54,6 @@ template <class T>
 inline void store(T* p, Pair v) {
   store_as(p, from_float(to_floats(v), T()));
 }
-template <class T>
-inline void stream(T* p, Pair v) {
-  store(p, v);
-}
-inline void stream_end() {}
-
 template <class T>
 inline Pair round_to(Pair v) {
   return from_floats(to_float(from_float(to_floats(v), T()), T()));

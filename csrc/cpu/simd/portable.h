@@ -18,6 +18,7 @@ struct Pair {
 
 constexpr int kForwardRows = 1;
 constexpr int kBackwardSumRows = 1;
+constexpr bool kStreams = false;
 
 inline void split(Pair v, Vector* parts) {
   parts[0] = __builtin_shufflevector(v.lo, v.hi, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -43,13 +44,6 @@ inline void store(T* p, Pair v) {
   store_as(p, from_float(v.lo, T()));
   store_as(p + 4, from_float(v.hi, T()));
 }
-// Without an instruction for it, an ordinary store.
-template <class T>
-inline void stream(T* p, Pair v) {
-  store(p, v);
-}
-inline void stream_end() {}
-
 template <class T>
 inline Pair round_to(Pair v) {
   return {to_float(from_float(v.lo, T()), T()), to_float(from_float(v.hi, T()), T())};

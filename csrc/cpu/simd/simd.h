@@ -15,8 +15,10 @@
 //   load_first(const T*, n), store_first(T*, Pair, n)
 //                              the first n < Pair::kLanes elements only; the other lanes load as
 //                              zero
+//   kStreams                   are there the next two? and is it worth having kernels of their own
+//                              for operands beyond the caches?
 //   stream(T*, Pair)           like store, past the caches; the address is a multiple of 64 bytes
-//   stream_end()               makes streamed stores visible to other threads
+//   stream_end(const T*)       makes what was streamed there visible to other threads
 //   kForwardRows               rows normalised together, as many as the registers hold
 //   kBackwardSumRows           rows whose two sums are taken together in backward
 //
