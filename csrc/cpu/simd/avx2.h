@@ -61,6 +61,19 @@ inline __m256i bfloat16_in_upper_half(__m256 v) {
       _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), is_nan));
 }
 
+// 16 numbers of 16 bits.
+inline __m256i pack(Pair v, Float16) {
+  const __m128i lo = _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i hi = _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(lo), hi, 1);
+}
+inline __m256i pack(Pair v, BFloat16) {
+  const __m256i lo = _mm256_srli_epi32(bfloat16_in_upper_half(v.lo), 16);
+  const __m256i hi = _mm256_srli_epi32(bfloat16_in_upper_half(v.hi), 16);
+  const __m256i packed = _mm256_packus_epi32(lo, hi);  // by 128-bit halves: 0 2 1 3
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+
 inline void store(float* p, Pair v) {
   _mm256_storeu_ps(p, v.lo);
   _mm256_storeu_ps(p + 8, v.hi);
@@ -69,12 +82,7 @@ inline void store(Float16* p, Pair v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(BFloat16* p, Pair v) {
-  const __m256i lo = _mm256_srli_epi32(bfloat16_in_upper_half(v.lo), 16);
-  const __m256i hi = _mm256_srli_epi32(bfloat16_in_upper_half(v.hi), 16);
-  const __m256i packed = _mm256_packus_epi32(lo, hi);  // by 128-bit halves: 0 2 1 3
-  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
-}
+inline void store(BFloat16* p, Pair v) { _mm256_storeu_si256((__m256i*)p, pack(v, BFloat16())); }
 
 inline void stream(float* p, Pair v) {
   _mm256_stream_ps(p, v.lo);
@@ -82,9 +90,7 @@ inline void stream(float* p, Pair v) {
 }
 template <class T>
 inline void stream(T* p, Pair v) {
-  alignas(32) T rounded[Pair::kLanes];
-  store(rounded, v);
-  _mm256_stream_si256((__m256i*)p, load_256(rounded));
+  _mm256_stream_si256((__m256i*)p, pack(v, T()));
 }
 template <class T>
 inline void stream_end(const T*) {
