@@ -28,24 +28,33 @@ inline int64_t rows_in_unit(const RmsNormShape& shape, const int64_t* input_stri
 // row of the workspace, and over the chunks of a scale row pairwise.
 struct BackwardPlan {
   int64_t rows_per_group;  // rows that share a scale row
+  int block_rows;          // taken at once
   int64_t chunk_rows;      // a multiple of kBlockRows
   int64_t chunks_per_group;
   int64_t tasks;  // one for each chunk of each group; where groups take turns, chunk by chunk
 };
 
 constexpr int kBlockRows = 4;
-constexpr int64_t kMaxChunkRows = 64;         // keeps sums short, and the workspace below 2 %
+// Four rows of two operands that are so long fill the first cache before they are written, if they
+// are not of 16 bits.
+constexpr int kFewBlockRows = 2;
+constexpr int64_t kFewFromElements = 256;
+constexpr int64_t kMaxChunkBlocks = 16;       // keeps sums short, and the workspace below 4 %
 constexpr int64_t kMinChunkElements = 32768;  // worth a task of its own
 constexpr int64_t kChunksForThreads = 64;     // enough for every thread to get some
 
 inline BackwardPlan backward_plan(const RmsNormShape& shape) {
   BackwardPlan plan;
   plan.rows_per_group = shape.rows / shape.groups;
+  const bool is_16_bit =
+      shape.input_dtype == DType::kFloat16 || shape.input_dtype == DType::kBFloat16;
+  plan.block_rows = !is_16_bit && shape.dim >= kFewFromElements ? kFewBlockRows : kBlockRows;
   int64_t rows = kMinChunkElements / shape.dim;
   if (rows < plan.rows_per_group / kChunksForThreads) {
     rows = plan.rows_per_group / kChunksForThreads;
   }
-  if (rows > kMaxChunkRows) rows = kMaxChunkRows;
+  const int64_t most_rows = kMaxChunkBlocks * plan.block_rows;
+  if (rows > most_rows) rows = most_rows;
   plan.chunk_rows = (rows / kBlockRows + (rows % kBlockRows != 0)) * kBlockRows;
   if (plan.chunk_rows == 0) plan.chunk_rows = kBlockRows;
   plan.chunks_per_group = (plan.rows_per_group + plan.chunk_rows - 1) / plan.chunk_rows;

@@ -127,9 +127,35 @@ inline Quad rstd_of(Quad sums_of_squares, const RmsNormShape& shape) {
   return 1 / root;
 }
 
-// Rows are taken in blocks of so many, which are summed and written together where they share a
-// scale row.
+// Rows that share a scale row are taken in blocks of so many, or fewer.
 static_assert(kBlockRows == kQuad, "the statistics of a block are one Quad");
+
+// Some levels round fast what is not denormal, so forward looks for the smallest numbers of a block
+// while it is summed, and of a scale row.
+template <class Scale>
+float smallest_of(const Scale* scale, int64_t dim) {
+  Smallest smallest;
+  for_each_pair(0, dim, [&](auto part, int64_t i) {
+    if constexpr (kPrefersNormal<Scale>) {
+      part.add_to(smallest, scale + i);
+    } else {
+      smallest.add(part.load_from(scale + i));
+    }
+  });
+  return smallest.value();
+}
+
+// Are the products with 1/rms, and those with the scale after them, no denormal numbers? The bound
+// has room for what rounding does in between.
+inline bool are_normal(float smallest_input, Quad rstd, int rows, float smallest_scale) {
+  constexpr float kBound = 2 * __FLT_MIN__;
+  float smallest_rstd = float(rstd[0]);
+  for (int r = 1; r < rows; ++r) {
+    if (rstd[r] < smallest_rstd) smallest_rstd = float(rstd[r]);
+  }
+  const float smallest = smallest_input * smallest_rstd;
+  return smallest >= kBound && smallest * smallest_scale >= kBound;
+}
 
 // Asks for the cache lines of a Pair of elements, for the first or for the second cache, or to
 // write them.
@@ -166,6 +192,10 @@ struct InputRows {
   Pair again(Part part, int r, int64_t i) const {
     return part.load_from(input[r] + i);
   }
+  template <class Part>
+  void add_to(Smallest& smallest, Part part, int r, int64_t i, Pair) const {
+    part.add_to(smallest, input[r] + i);
+  }
   void prefetch_ahead(int rows, int r, int64_t i) const {
     prefetch<kForwardCache<Input>>(input[r] + rows * input_step + i);
   }
@@ -201,6 +231,14 @@ struct SummedRows {
       return part.load_from(new_residual[r] + i);
     }
   }
+  template <class Part>
+  void add_to(Smallest& smallest, Part part, int r, int64_t i, Pair rounded) const {
+    if constexpr (kStream) {
+      smallest.add(rounded);
+    } else {
+      part.add_to(smallest, new_residual[r] + i);
+    }
+  }
   void prefetch_ahead(int rows, int r, int64_t i) const {
     prefetch<kForwardCache<Input>>(input[r] + rows * input_step + i);
     prefetch<kForwardCache<Input>>(residual[r] + rows * residual_step + i);
@@ -220,10 +258,14 @@ constexpr int kAtOnce = !kSideBySide<kStream, Input> ? 1
                         : kRows < kForwardRows       ? kRows
                                                      : kForwardRows;
 
+template <class Input>
+using KeptInForward = typename Conditional<kPrefersNormal<Input>, Smallest, Nothing>::type;
+
 // 1/rms of rows [first, first + kRows), in the first kRows places.
 template <int kRows, bool kStream, class Input, class Rows>
-COREAI_TORCH_INLINE Quad
-forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& rows, int first) {
+COREAI_TORCH_INLINE Quad forward_rstd(
+    const RmsNormShape& shape, const RowLength& length, const Rows& rows, int first,
+    KeptInForward<Input>& kept) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   Vector lanes[kQuad];
   Real left[kQuad][kVectorLanes] = {};
@@ -231,13 +273,15 @@ forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& row
     constexpr int kBegin = decltype(group)::value * kGroup;
     row_sums<InOrder, kGroup>(
         length,
-        [=, &rows](auto part, int64_t i, Pair* terms) COREAI_TORCH_INLINE_LAMBDA {
+        [=, &rows](auto part, int64_t i, Pair* terms, auto& kept) COREAI_TORCH_INLINE_LAMBDA {
           unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
-            const Pair x = rows.first(part, first + kBegin + r, i);
+            const int row = first + kBegin + r;
+            const Pair x = rows.first(part, row, i);
             terms[r] = x * x;
+            if constexpr (kPrefersNormal<Input>) rows.add_to(kept, part, row, i, x);
           });
         },
-        lanes + kBegin, left + kBegin);
+        lanes + kBegin, left + kBegin, kept);
   });
   for (int r = kRows; r < kQuad; ++r) lanes[r] = lanes[0];
   return rstd_of(InOrder::finish(lanes, left, length.left), shape);
@@ -245,9 +289,10 @@ forward_rstd(const RmsNormShape& shape, const RowLength& length, const Rows& row
 
 // Writes rows [first, first + kRows). `ahead` is how many rows further those are that are asked
 // for, always where rows are side by side, and with kAskAhead; then so is the place of the rows
-// that are written next.
+// that are written next. Values is Pair, or Normal where that is known of what is rounded.
 template <
-    int kRows, bool kStream, bool kAskAhead, class Input, class Scale, class Rows, class Output>
+    int kRows, bool kStream, bool kAskAhead, class Input, class Values, class Scale, class Rows,
+    class Output>
 COREAI_TORCH_INLINE void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, Quad rstds, Output* const* output,
     int64_t output_step, int ahead) {
@@ -268,16 +313,20 @@ COREAI_TORCH_INLINE void forward_rows(
         if constexpr (kAskAhead) prefetch_to_write(output[row] + output_ahead + i);
         Pair normalized = rows.again(part, row, i) * rstd[r];
         if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
-          normalized = round_to<Input>(normalized);
+          normalized = round_to<Input>(Values{normalized});
         }
         result[r] = normalized * w;
       });
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
-        part.store_to(output[first + kBegin + r] + i, result[r]);
+        part.store_to(output[first + kBegin + r] + i, Values{result[r]});
       });
     });
   });
 }
+
+// Bytes of a float32 row from which on rows are summed and written one after the other, unless they
+// are streamed: four would not stay in the caches until they are written.
+constexpr int64_t kLongRow = 16384;
 
 template <bool kStream, bool kAskAhead, bool kTurns, class Input, class Scale, class Args>
 void forward_range(const Args& args, int64_t begin, int64_t end) {
@@ -285,17 +334,22 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
   const int64_t dim = shape.dim;
+  const int64_t row_bytes = dim * int64_t(sizeof(Input));
   const RowLength length(dim);
   auto cursor = cursor_of(args);
 
   struct Block {
     int count;
+    bool normal;  // is it known that nothing denormal is rounded?
     const Scale* scale;
+    float smallest_scale;
     typename Conditional<kAdds, SummedRows<kStream, Input>, InputRows<Input>>::type rows;
     Output* output[kBlockRows];
     int64_t output_step;
     Quad rstd;
   };
+  const int most_rows =
+      !kSideBySide<kStream, Input> && row_bytes >= kLongRow ? 1 : kBlockRows;  // of a block
   // What begin and end count: rows or, where groups take turns, rows of a group. Units
   // [run * inner, (run + 1) * inner) share a scale row or, with turns, the scale rows in turn.
   const int turns_dim = kTurns ? dim_of_turns(shape, args.input_strides) : -1;
@@ -303,23 +357,32 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   int64_t unit = begin, run_end = begin;
   int64_t turn = 0;
   const Scale* scale = nullptr;
+  float smallest_scale = 0;
+  const auto set_scale = [&](Block& block, const Scale* row) {
+    if constexpr (kPrefersNormal<Input>) {
+      if (row != scale) smallest_scale = smallest_of(row, dim);
+    }
+    block.scale = scale = row;
+    block.smallest_scale = smallest_scale;
+  };
+  const Scale* run_scale = nullptr;
   const auto start_run = [&] {
     const int64_t run = unit / shape.inner;
     run_end = (run + 1) * shape.inner < end ? (run + 1) * shape.inner : end;
-    scale = (const Scale*)args.scale;
+    run_scale = (const Scale*)args.scale;
     if constexpr (kTurns) {
       cursor.seek(run * shape.groups * shape.inner + unit % shape.inner);
     } else {
-      scale += run % shape.groups * dim;
+      run_scale += run % shape.groups * dim;
     }
   };
   // A block whose group has the first turn. False: there are no rows left.
   const auto take_rows = [&](Block& block) {
     if (unit == end) return false;
     if (unit == run_end) start_run();
-    block.count = int(run_end - unit < kBlockRows ? run_end - unit : kBlockRows);
+    block.count = int(run_end - unit < most_rows ? run_end - unit : most_rows);
     unit += block.count;
-    block.scale = scale;
+    set_scale(block, run_scale);
     block.rows.input_step = cursor.step(0);
     block.output_step = cursor.step(1);
     if constexpr (kAdds) block.rows.residual_step = cursor.step(2);
@@ -346,7 +409,7 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       turn = 0;
       return take_rows(block);
     }
-    block.scale += dim;
+    set_scale(block, block.scale + dim);
     for (int r = 0; r < block.count; ++r) {
       block.rows.input[r] += cursor.stride(0, turns_dim);
       block.output[r] += cursor.stride(1, turns_dim);
@@ -358,24 +421,35 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     return true;
   };
   const auto sum_block = [&](Block& block) {
+    KeptInForward<Input> kept;
     if (block.count == kBlockRows) {
-      block.rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0);
+      block.rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0, kept);
     } else {
       for (int r = 0; r < block.count; ++r) {
-        block.rstd[r] = forward_rstd<1, kStream, Input>(shape, length, block.rows, r)[0];
+        block.rstd[r] = forward_rstd<1, kStream, Input>(shape, length, block.rows, r, kept)[0];
+      }
+    }
+    if constexpr (kPrefersNormal<Input>) {
+      block.normal = are_normal(kept.value(), block.rstd, block.count, block.smallest_scale);
+    }
+  };
+  const auto write_rows = [&](auto values, const Block& block, int ahead) {
+    using Values = decltype(values);
+    if (block.count == kBlockRows) {
+      forward_rows<kBlockRows, kStream, kAskAhead, Input, Values>(
+          dim, block.rows, 0, block.scale, block.rstd, block.output, block.output_step, ahead);
+    } else {
+      for (int r = 0; r < block.count; ++r) {
+        forward_rows<1, kStream, false, Input, Values>(
+            dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 0, 1);
       }
     }
   };
   const auto write_block = [&](const Block& block, int ahead) {
-    if (block.count == kBlockRows) {
-      forward_rows<kBlockRows, kStream, kAskAhead, Input>(
-          dim, block.rows, 0, block.scale, block.rstd, block.output, block.output_step, ahead);
-    } else {
-      for (int r = 0; r < block.count; ++r) {
-        forward_rows<1, kStream, false, Input>(
-            dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 0, 1);
-      }
+    if constexpr (kPrefersNormal<Input>) {
+      if (block.normal) return write_rows(Normal(), block, ahead);
     }
+    write_rows(Pair(), block, ahead);
   };
 
   Block next;
@@ -436,11 +510,16 @@ struct BackwardBlock {
   const Output* grad_output[kBlockRows];
   const Input* input[kBlockRows];
   Input* grad_input[kBlockRows];
-  const Input* grad_new_residual[kBlockRows];                    // of the residual add
-  int64_t grad_output_step, input_step, grad_new_residual_step;  // from a row to the next
+  const Input* grad_new_residual[kBlockRows];  // of the residual add
+  // From a row to the same row of the next block, which is asked for.
+  int64_t grad_output_ahead, input_ahead, grad_new_residual_ahead;
   Quad rstd;
   Quad mean_dot;  // mean(grad_output * scale * normalized)
 };
+
+// Rows of so few steps are summed two by two, since they share what they read of the scale. Longer
+// ones are summed one by one, which prefetchers follow.
+constexpr int64_t kFewSteps = 4;
 
 // Fills rstd and mean_dot of the first `rows` rows.
 template <bool kGradInput, class Input, class Scale, class Output>
@@ -457,30 +536,32 @@ COREAI_TORCH_INLINE void backward_statistics(
       input[r] = block.input[first + r];
       grad_output[r] = block.grad_output[first + r];
     }
+    const int64_t ahead = block.grad_output_ahead;
     Vector lanes[kSums];
+    Nothing nothing;
     row_sums<ByHalves, kSums>(
         length,
-        [=](auto part, int64_t i, Pair* terms) COREAI_TORCH_INLINE_LAMBDA {
+        [=](auto part, int64_t i, Pair* terms, Nothing&) COREAI_TORCH_INLINE_LAMBDA {
           Pair w;
           if constexpr (kGradInput) w = part.load_from(scale + i);
           unrolled<kRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
             const Pair x = part.load_from(input[r] + i);
             terms[r] = x * x;
+            prefetch<kSecondCache>(grad_output[r] + ahead + i);
             if constexpr (kGradInput) {
               terms[kRows + r] = part.load_from(grad_output[r] + i) * w * x;
             }
           });
         },
-        lanes, nullptr);
+        lanes, nullptr, nothing);
     for (int r = 0; r < kRows; ++r) {
       squares[first + r] = lanes[r];
       if constexpr (kGradInput) products[first + r] = lanes[kRows + r];
     }
   };
-  if (rows == kBlockRows) {
-    unrolled<kBlockRows / kBackwardSumRows>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
-      sum(Constant<kBackwardSumRows>(), group * kBackwardSumRows);
-    });
+  if (rows == kBlockRows && length.steps < kFewSteps) {
+    sum(Constant<2>(), 0);
+    sum(Constant<2>(), 2);
   } else {
     for (int r = 0; r < rows; ++r) sum(Constant<1>(), r);
     for (int r = rows; r < kQuad; ++r) {
@@ -494,9 +575,7 @@ COREAI_TORCH_INLINE void backward_statistics(
   }
 }
 
-constexpr int64_t kWorthFetching = 1024;  // bytes of a row
-
-// Writes the gradients of a block. kRows is kBlockRows, or 0 for `rows` rows. With kAdds,
+// Writes the gradients of a block of kRows rows, or of `rows` rows where that is 0. With kAdds,
 // grad_new_residual is added to grad_input.
 template <
     int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale,
@@ -514,14 +593,6 @@ inline void backward_rows(
     rstd[r] = splat(block.rstd[r]);
     if constexpr (kGradInput) mean_dot[r] = splat(block.mean_dot[r]);
   }
-  // The next block, whose four rows of two operands a processor does not foresee. Shorter rows that
-  // lie next to each other are not worth it, and ask for what is there.
-  const bool worth_fetching =
-      dim * int64_t(sizeof(Input)) >= kWorthFetching || block.input_step != dim;
-  const int ahead = worth_fetching ? kBlockRows : 0;
-  const int64_t input_ahead = ahead * block.input_step;
-  const int64_t grad_output_ahead = ahead * block.grad_output_step;
-  const int64_t grad_new_residual_ahead = kAdds ? ahead * block.grad_new_residual_step : 0;
   for_each_pair(0, dim, [&](auto part, int64_t i) {
     Pair w, sum, grad_input[kBlockRows];
     if constexpr (kGradInput) w = part.load_from(scale + i);
@@ -538,10 +609,9 @@ inline void backward_rows(
         const Pair term = grad * normalized;
         sum = r == 0 ? term : sum + term;
       }
-      prefetch<kSecondCache>(input[r] + input_ahead + i);
-      prefetch<kSecondCache>(grad_output[r] + grad_output_ahead + i);
+      prefetch<kSecondCache>(input[r] + block.input_ahead + i);
       if constexpr (kAdds) {
-        prefetch<kSecondCache>(block.grad_new_residual[r] + grad_new_residual_ahead + i);
+        prefetch<kSecondCache>(block.grad_new_residual[r] + block.grad_new_residual_ahead + i);
       }
     }
     if constexpr (kGradScale) {
@@ -562,6 +632,11 @@ inline void backward_rows(
   });
 }
 
+// Bytes of a 16-bit row from which on the next block of backward is asked for, the gradients while
+// one is summed and the rest while it is written, so that memory is at work while conversions are.
+// Other rows need that only where they are scattered, and ask for what is there.
+constexpr int64_t kWorthFetching = 1024;
+
 template <bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale, class Args>
 void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormBackward>;
@@ -570,6 +645,8 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const BackwardPlan plan = backward_plan(shape);
   auto cursor = cursor_of(args);
   const RowLength length(shape.dim);
+  const bool is_worth_fetching =
+      sizeof(Input) == 2 && shape.dim * int64_t(sizeof(Input)) >= kWorthFetching;
   const int turns_dim = dim_of_turns(shape, args.input_strides);
   BackwardBlock<Input, Output> block;
   for (int64_t task = begin; task < end;) {
@@ -590,8 +667,9 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
     const int64_t chunk_rows = left < plan.chunk_rows ? left : plan.chunk_rows;
 
     int64_t run_left = 0;  // rows before the group goes on elsewhere
-    for (int64_t done = 0; done < chunk_rows; done += kBlockRows) {
-      const int rows = int(chunk_rows - done < kBlockRows ? chunk_rows - done : kBlockRows);
+    for (int64_t done = 0; done < chunk_rows; done += plan.block_rows) {
+      const int rows =
+          int(chunk_rows - done < plan.block_rows ? chunk_rows - done : plan.block_rows);
       for (int r = 0; r < rows; ++r) {
         if (run_left > 0) {
           cursor.next();
@@ -609,21 +687,26 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
-      block.grad_output_step = cursor.step(0);
-      block.input_step = cursor.step(1);
-      if constexpr (kAdds) block.grad_new_residual_step = cursor.step(3);
+      const int ahead = is_worth_fetching || cursor.step(1) != shape.dim ? plan.block_rows : 0;
+      block.grad_output_ahead = ahead * cursor.step(0);
+      block.input_ahead = ahead * cursor.step(1);
+      if constexpr (kAdds) block.grad_new_residual_ahead = ahead * cursor.step(3);
       for (int64_t group = first;;) {
         const Scale* scale = (const Scale*)args.scale + group * shape.dim;
         Real* grad_scale =
             kGradScale ? (Real*)args.workspace + (group * plan.chunks_per_group + chunk) * shape.dim
                        : nullptr;
         backward_statistics<kGradInput>(shape, length, scale, rows, block);
+        const auto write = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
+          backward_rows<decltype(count)::value, kAdds, kGradInput, kGradScale, kStream>(
+              shape.dim, scale, rows, block, grad_scale, done == 0);
+        };
         if (rows == kBlockRows) {
-          backward_rows<kBlockRows, kAdds, kGradInput, kGradScale, kStream>(
-              shape.dim, scale, rows, block, grad_scale, done == 0);
+          write(Constant<kBlockRows>());
+        } else if (sizeof(Input) > 2 && rows == kFewBlockRows) {
+          write(Constant<kFewBlockRows>());
         } else {
-          backward_rows<0, kAdds, kGradInput, kGradScale, kStream>(
-              shape.dim, scale, rows, block, grad_scale, done == 0);
+          write(Constant<0>());
         }
         if (++group == last) break;
         for (int r = 0; r < rows; ++r) {

@@ -60,14 +60,18 @@ struct Whole {
   Pair load_from(const T* p) const {
     return load(p);
   }
-  template <class T>
-  void store_to(T* p, Pair v) const {
+  template <class T, class Values>
+  void store_to(T* p, Values v) const {
     store(p, v);
+  }
+  template <class T>
+  void add_to(Smallest& smallest, const T* p) const {
+    smallest.add(p);
   }
 };
 struct Streamed : Whole {
-  template <class T>
-  void store_to(T* p, Pair v) const {
+  template <class T, class Values>
+  void store_to(T* p, Values v) const {
     stream(p, v);
   }
 };
@@ -78,9 +82,13 @@ struct First {
   Pair load_from(const T* p) const {
     return load_first(p, count);
   }
-  template <class T>
-  void store_to(T* p, Pair v) const {
+  template <class T, class Values>
+  void store_to(T* p, Values v) const {
     store_first(p, v, count);
+  }
+  template <class T>
+  void add_to(Smallest& smallest, const T* p) const {
+    smallest.add_first(p, count);
   }
 };
 
@@ -213,9 +221,15 @@ struct LaneSums {
   Pair of[N][kStepPairs];
 };
 
+// What terms() may keep of the elements besides their sums: nothing, or an object that is handed to
+// it and that stays in registers along the way.
+struct Nothing {};
+
 // Sums over steps [begin, end).
-template <int N, class Terms>
-COREAI_TORCH_INLINE LaneSums<N> sum_steps(const Terms& terms, int64_t begin, int64_t end) {
+template <int N, class Terms, class Kept>
+COREAI_TORCH_INLINE LaneSums<N> sum_steps(
+    const Terms& terms, int64_t begin, int64_t end, Kept& kept_outside) {
+  Kept kept = kept_outside;
   LaneSums<N> sum;
   unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
     unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA { sum.of[q][p] = splat(0); });
@@ -223,18 +237,19 @@ COREAI_TORCH_INLINE LaneSums<N> sum_steps(const Terms& terms, int64_t begin, int
   for (int64_t step = begin; step < end; ++step) {
     unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
       Pair term[N];
-      terms(Whole(), step * kStepLanes + p * Pair::kLanes, term);
+      terms(Whole(), step * kStepLanes + p * Pair::kLanes, term, kept);
       unrolled<N>([&](auto q)
                       COREAI_TORCH_INLINE_LAMBDA { sum.of[q][p] = sum.of[q][p] + term[q]; });
     });
   }
+  kept_outside = kept;
   return sum;
 }
 
 // Sums over all steps of a row of more than one round, written to `result`.
-template <int N, class Terms>
+template <int N, class Terms, class Kept>
 __attribute__((noinline)) void sum_rounds(
-    const Terms& terms, const RowLength& length, Real (*result)[kStepLanes]) {
+    const Terms& terms, const RowLength& length, Real (*result)[kStepLanes], Kept& kept) {
   const int64_t round = int64_t(1) << length.power;
   alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes];
   bool filled[kCascadeLevels - 1] = {};
@@ -257,7 +272,7 @@ __attribute__((noinline)) void sum_rounds(
   };
   int64_t step = 0;
   while (step + round <= length.steps) {
-    LaneSums<N> sum = sum_steps<N>(terms, step, step + round);
+    LaneSums<N> sum = sum_steps<N>(terms, step, step + round, kept);
     step += round;
     carry_to(0, sum);
     for (int level = 1; level < kCascadeLevels - 1; ++level) {
@@ -266,25 +281,26 @@ __attribute__((noinline)) void sum_rounds(
       filled[level - 1] = false;
     }
   }
-  LaneSums<N> sum = sum_steps<N>(terms, step, length.steps);
+  LaneSums<N> sum = sum_steps<N>(terms, step, length.steps, kept);
   for (int level = 0; level < kCascadeLevels - 1; ++level) {
     if (filled[level]) add_level(level, sum);
   }
   write(result, sum);
 }
 
-// Sums N quantities over a row at once, up to their lanes. terms(part, i, out) sets out[0..N) to
-// the terms of the elements from i on. `left` is for InOrder only, see there.
-template <class Order, int N, class Terms>
+// Sums N quantities over a row at once, up to their lanes. terms(part, i, out, kept) sets out[0..N)
+// to the terms of the elements from i on. `left` is for InOrder only, see there.
+template <class Order, int N, class Terms, class Kept>
 COREAI_TORCH_INLINE void row_sums(
-    const RowLength& length, const Terms& terms, Vector* lanes, Real (*left)[kVectorLanes]) {
+    const RowLength& length, const Terms& terms, Vector* lanes, Real (*left)[kVectorLanes],
+    Kept& kept) {
   LaneSums<N> sum;
   if (length.steps < int64_t(1) << length.power) {
-    sum = sum_steps<N>(terms, 0, length.steps);
+    sum = sum_steps<N>(terms, 0, length.steps, kept);
   } else {
     alignas(64) Real rounds[N][kStepLanes];
     const Terms copy = terms;  // so that the other branch has no address to respect
-    sum_rounds<N>(copy, length, rounds);
+    sum_rounds<N>(copy, length, rounds, kept);
     unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
       unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
         sum.of[q][p] = load(&rounds[q][p * Pair::kLanes]);
@@ -298,7 +314,7 @@ COREAI_TORCH_INLINE void row_sums(
       alignas(64) Real rest[N][kStepLanes], accumulators[N][kStepLanes];
       for_each_pair(whole, length.dim, [&](auto part, int64_t i) {
         Pair term[N];
-        terms(part, i, term);
+        terms(part, i, term, kept);
         for (int q = 0; q < N; ++q) store(&rest[q][i - whole], term[q]);
       });
       unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
@@ -317,7 +333,7 @@ COREAI_TORCH_INLINE void row_sums(
         const int64_t i = whole + p * Pair::kLanes;
         const auto add = [&](auto part) COREAI_TORCH_INLINE_LAMBDA {
           Pair term[N];
-          terms(part, i, term);
+          terms(part, i, term, kept);
           unrolled<N>([&](auto q)
                           COREAI_TORCH_INLINE_LAMBDA { sum.of[q][p] = sum.of[q][p] + term[q]; });
         };

@@ -16,7 +16,6 @@ struct Pair {
 };
 
 constexpr int kForwardRows = 2;
-constexpr int kBackwardSumRows = 1;
 constexpr bool kStreams = true;
 
 inline void split(Pair v, Vector* parts) {
@@ -117,3 +116,4 @@ inline Pair round_to<BFloat16>(Pair v) {
 }  // namespace coreai_torch
 
 #include "cpu/simd/first.h"
+#include "cpu/simd/normal.h"

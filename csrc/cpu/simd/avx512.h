@@ -17,7 +17,6 @@ struct Pair {
 };
 
 constexpr int kForwardRows = 4;
-constexpr int kBackwardSumRows = 2;
 constexpr bool kStreams = true;
 
 inline void split(Pair v, Vector* parts) {
@@ -93,20 +92,24 @@ inline __m512i to_bfloat16_by_bits(Pair v) {
       bfloat16_in_upper_half(v.lo), upper_halves, bfloat16_in_upper_half(v.hi));
 }
 
-inline __m512i to_bfloat16(Pair v) {
 #if defined(__AVX512BF16__)
-  // The instruction takes denormal numbers for zero, which no other level does. So a zero is looked
-  // into.
-  const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(v.hi, v.lo);
+// One instruction, which takes denormal numbers for zero, as no other level does.
+inline __m512i normal_to_bfloat16(Pair v) { return (__m512i)_mm512_cvtne2ps_pbh(v.hi, v.lo); }
+
+// So a zero is looked into.
+inline __m512i to_bfloat16(Pair v) {
+  const __m512i packed = normal_to_bfloat16(v);
   const __mmask32 zero = _mm512_testn_epi16_mask(packed, _mm512_set1_epi16(0x7fff));
   if (__builtin_expect(_kortestz_mask32_u8(zero, zero), 1)) return packed;
   constexpr int kDenormal = 0x20;
   const __mmask16 lo = _mm512_fpclass_ps_mask(v.lo, kDenormal);
   const __mmask16 hi = _mm512_fpclass_ps_mask(v.hi, kDenormal);
   if (__builtin_expect(_kortestz_mask16_u8(lo, hi), 1)) return packed;
-#endif
   return to_bfloat16_by_bits(v);
 }
+#else
+inline __m512i to_bfloat16(Pair v) { return to_bfloat16_by_bits(v); }
+#endif
 
 inline __m512i to_float16(Pair v) {
   const __m256i lo = _mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT);
@@ -185,5 +188,74 @@ inline Pair round_to<BFloat16>(Pair v) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+
+template <class T>
+constexpr bool kPrefersNormal = false;
+template <>
+constexpr bool kPrefersNormal<BFloat16> = true;
+
+struct Normal : Pair {};
+
+inline void store(BFloat16* p, Normal v) { _mm512_storeu_si512(p, normal_to_bfloat16(v)); }
+inline void store_first(BFloat16* p, Normal v, int64_t count) {
+  _mm512_mask_storeu_epi16(p, first_lanes(count), normal_to_bfloat16(v));
+}
+inline void stream(BFloat16* p, Normal v) {
+  _mm512_stream_si512((__m512i*)p, normal_to_bfloat16(v));
+}
+template <class T>
+Pair round_to(Normal v);
+template <>
+inline Pair round_to<BFloat16>(Normal v) {
+  return from_bfloat16(normal_to_bfloat16(v));
+}
+
+// Magnitudes are compared as 16 bits: those of a bfloat16 without its sign, doubled and less one,
+// which makes zero the largest; the same of a float, cut off.
+class Smallest {
+ public:
+  void add(const BFloat16* p) { add(_mm512_loadu_si512(p)); }
+  void add_first(const BFloat16* p, int64_t count) {
+    add(_mm512_maskz_loadu_epi16(first_lanes(count), p));
+  }
+  void add(Pair v) {
+    const __m256i lo = upper_halves(v.lo), hi = upper_halves(v.hi);
+    const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+    least_ = _mm512_min_epu16(least_, both);
+  }
+
+  float value() const {
+    const __m256i half =
+        _mm256_min_epu16(_mm512_castsi512_si256(least_), _mm512_extracti64x4_epi64(least_, 1));
+    const __m128i quarter =
+        _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const uint32_t least = _mm_extract_epi16(_mm_minpos_epu16(quarter), 0);
+    constexpr uint32_t kInfinity = 0x7f80;
+    const uint32_t bits = least / 2 + 1 < kInfinity ? least / 2 + 1 : kInfinity;
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(int(bits << 16))));
+  }
+
+ private:
+  void add(__m512i bits) {
+    const __m512i doubled = _mm512_add_epi16(bits, bits);
+    least_ = _mm512_min_epu16(least_, _mm512_sub_epi16(doubled, _mm512_set1_epi16(1)));
+  }
+  static __m256i upper_halves(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i doubled = _mm512_add_epi32(bits, bits);
+    const __m512i less_one = _mm512_sub_epi32(doubled, _mm512_set1_epi32(1));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(less_one, 16));
+  }
+
+  __m512i least_ = _mm512_set1_epi16(-1);
+};
+
+#endif
+
 }  // namespace
 }  // namespace coreai_torch
+
+#if !defined(__AVX512BF16__)
+#include "cpu/simd/normal.h"
+#endif

@@ -17,7 +17,6 @@ struct Pair {
 };
 
 constexpr int kForwardRows = 1;
-constexpr int kBackwardSumRows = 1;
 constexpr bool kStreams = false;
 
 inline void split(Pair v, Vector* parts) {
@@ -53,3 +52,4 @@ inline Pair round_to(Pair v) {
 }  // namespace coreai_torch
 
 #include "cpu/simd/first.h"
+#include "cpu/simd/normal.h"

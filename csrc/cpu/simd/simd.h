@@ -19,8 +19,14 @@
 //                              for operands beyond the caches?
 //   stream(T*, Pair)           like store, past the caches; the address is a multiple of 64 bytes
 //   stream_end(const T*)       makes what was streamed there visible to other threads
+//   kPrefersNormal<T>          is rounding to T faster if no number is denormal? A caller that
+//   knows
+//                              (zeros may be there) says so by its type: store, store_first, stream
+//                              and round_to<T> take a Normal, which is a Pair, as well
+//   Smallest                   the means to know: of all numbers but zero that are added to it, the
+//                              smallest magnitude, rounded up to a bfloat16; only with
+//                              kPrefersNormal
 //   kForwardRows               rows normalised together, as many as the registers hold
-//   kBackwardSumRows           rows whose two sums are taken together in backward
 //
 // Files of a level see no header with external inline functions (no torch, no STL): the linker
 // would keep one copy for the whole library, maybe one that an older processor cannot run.
