@@ -115,8 +115,8 @@ inline RowCursor<4> cursor_of(const AddRmsNormBackward& args) {
        args.grad_new_residual_strides}};
 }
 
-inline Quad rstd_of(Quad sums_of_squares, const RmsNormShape& shape) {
-  Quad root = sums_of_squares / Real(shape.dim) + Real(shape.eps);
+inline Quad rstd_of(Quad sums_of_squares, const RowLength& length, double eps) {
+  Quad root = length.mean(sums_of_squares) + Real(eps);
   for (int r = 0; r < kQuad; ++r) {
     if constexpr (sizeof(Real) == sizeof(float)) {
       root[r] = __builtin_sqrtf(root[r]);
@@ -264,8 +264,7 @@ using KeptInForward = typename Conditional<kPrefersNormal<Input>, Smallest, Noth
 // 1/rms of rows [first, first + kRows), in the first kRows places.
 template <int kRows, bool kStream, class Input, class Rows>
 COREAI_TORCH_INLINE Quad forward_rstd(
-    const RmsNormShape& shape, const RowLength& length, const Rows& rows, int first,
-    KeptInForward<Input>& kept) {
+    const RowLength& length, double eps, const Rows& rows, int first, KeptInForward<Input>& kept) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   Vector lanes[kQuad];
   Real left[kQuad][kVectorLanes] = {};
@@ -284,7 +283,7 @@ COREAI_TORCH_INLINE Quad forward_rstd(
         lanes + kBegin, left + kBegin, kept);
   });
   for (int r = kRows; r < kQuad; ++r) lanes[r] = lanes[0];
-  return rstd_of(InOrder::finish(lanes, left, length.left), shape);
+  return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
 
 // Writes rows [first, first + kRows). `ahead` is how many rows further those are that are asked
@@ -423,10 +422,10 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const auto sum_block = [&](Block& block) {
     KeptInForward<Input> kept;
     if (block.count == kBlockRows) {
-      block.rstd = forward_rstd<kBlockRows, kStream, Input>(shape, length, block.rows, 0, kept);
+      block.rstd = forward_rstd<kBlockRows, kStream, Input>(length, shape.eps, block.rows, 0, kept);
     } else {
       for (int r = 0; r < block.count; ++r) {
-        block.rstd[r] = forward_rstd<1, kStream, Input>(shape, length, block.rows, r, kept)[0];
+        block.rstd[r] = forward_rstd<1, kStream, Input>(length, shape.eps, block.rows, r, kept)[0];
       }
     }
     if constexpr (kPrefersNormal<Input>) {
@@ -524,7 +523,7 @@ constexpr int64_t kFewSteps = 4;
 // Fills rstd and mean_dot of the first `rows` rows.
 template <bool kGradInput, class Input, class Scale, class Output>
 COREAI_TORCH_INLINE void backward_statistics(
-    const RmsNormShape& shape, const RowLength& length, const Scale* scale, int rows,
+    const RowLength& length, double eps, const Scale* scale, int rows,
     BackwardBlock<Input, Output>& block) {
   Vector squares[kQuad], products[kQuad];
   const auto sum = [&](auto group, int first) COREAI_TORCH_INLINE_LAMBDA {
@@ -569,9 +568,9 @@ COREAI_TORCH_INLINE void backward_statistics(
       products[r] = products[0];
     }
   }
-  block.rstd = rstd_of(ByHalves::finish(squares), shape);
+  block.rstd = rstd_of(ByHalves::finish(squares), length, eps);
   if constexpr (kGradInput) {
-    block.mean_dot = ByHalves::finish(products) * block.rstd / Real(shape.dim);
+    block.mean_dot = length.mean(ByHalves::finish(products) * block.rstd);
   }
 }
 
@@ -696,7 +695,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
         Real* grad_scale =
             kGradScale ? (Real*)args.workspace + (group * plan.chunks_per_group + chunk) * shape.dim
                        : nullptr;
-        backward_statistics<kGradInput>(shape, length, scale, rows, block);
+        backward_statistics<kGradInput>(length, shape.eps, scale, rows, block);
         const auto write = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
           backward_rows<decltype(count)::value, kAdds, kGradInput, kGradScale, kStream>(
               shape.dim, scale, rows, block, grad_scale, done == 0);

@@ -207,12 +207,22 @@ struct ByHalves {
 // What the sums of a row depend on besides its elements.
 struct RowLength {
   explicit RowLength(int64_t dim)
-      : dim(dim), steps(dim / kStepLanes), left(dim % kVectorLanes), power(cascade_power(steps)) {}
+      : dim(dim),
+        steps(dim / kStepLanes),
+        left(dim % kVectorLanes),
+        power(cascade_power(steps)),
+        is_power_of_two((dim & (dim - 1)) == 0),
+        inverse(1 / Real(dim)) {}
+
+  // A multiplication has the same bits where it is exact, and takes less time.
+  Quad mean(Quad sums) const { return is_power_of_two ? sums * inverse : sums / Real(dim); }
 
   int64_t dim;
   int64_t steps;
   int64_t left;  // elements after the last whole Vector
   int power;     // of two: steps between two carries
+  bool is_power_of_two;
+  Real inverse;
 };
 
 // N sums on the virtual lanes.
