@@ -77,8 +77,9 @@ void sum_grad_scale_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
     return;
   }
   const int64_t blocks_per_group = (shape.dim + kReduceColumns - 1) / kReduceColumns;
+  const int64_t columns = shape.dim < kReduceColumns ? shape.dim : kReduceColumns;
   run(kernels_for(shape.input_dtype).reduce[int(shape.scale_dtype)], args, Outputs(),
-      shape.groups * blocks_per_group, kReduceColumns * backward_plan(shape).chunks_per_group,
+      shape.groups * blocks_per_group, columns * backward_plan(shape).chunks_per_group,
       parallel_for);
 }
 
