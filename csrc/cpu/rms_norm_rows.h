@@ -261,10 +261,20 @@ constexpr int kAtOnce = !kSideBySide<kStream, Input> ? 1
 template <class Input>
 using KeptInForward = typename Conditional<kPrefersNormal<Input>, Smallest, Nothing>::type;
 
-// 1/rms of rows [first, first + kRows), in the first kRows places.
-template <int kRows, bool kStream, class Input, class Rows>
+// What is asked for of 16-bit blocks is spread over both sweeps, so that memory is at work in both:
+// while a block is summed, a row of the block after it and the place where it will be written,
+// while one is written, the other rows of the block that is summed after next. Rows of float32 ask
+// while they are written.
+template <int kRows, class Input>
+constexpr bool kSpreads = sizeof(Input) == 2 && kRows == kBlockRows;
+constexpr int kAskedForEarly = 1;
+
+// 1/rms of rows [first, first + kRows), in the first kRows places. kAskAhead: asks for the place of
+// the rows, too.
+template <int kRows, bool kStream, bool kAskAhead, class Input, class Rows, class Output>
 COREAI_TORCH_INLINE Quad forward_rstd(
-    const RowLength& length, double eps, const Rows& rows, int first, KeptInForward<Input>& kept) {
+    const RowLength& length, double eps, const Rows& rows, int first, Output* const* output,
+    KeptInForward<Input>& kept) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   Vector lanes[kQuad];
   Real left[kQuad][kVectorLanes] = {};
@@ -278,6 +288,10 @@ COREAI_TORCH_INLINE Quad forward_rstd(
             const Pair x = rows.first(part, row, i);
             terms[r] = x * x;
             if constexpr (kPrefersNormal<Input>) rows.add_to(kept, part, row, i, x);
+            if constexpr (kSpreads<kRows, Input>) {
+              if constexpr (kBegin + r < kAskedForEarly) rows.prefetch_ahead(kBlockRows, row, i);
+              if constexpr (kAskAhead) prefetch_to_write(output[row] + i);
+            }
           });
         },
         lanes + kBegin, left + kBegin, kept);
@@ -286,15 +300,15 @@ COREAI_TORCH_INLINE Quad forward_rstd(
   return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
 
-// Writes rows [first, first + kRows). `ahead` is how many rows further those are that are asked
-// for, always where rows are side by side, and with kAskAhead; then so is the place of the rows
-// that are written next. Values is Pair, or Normal where that is known of what is rounded.
+// Writes rows [first, first + kRows). The next ones are asked for where rows are side by side, and
+// with kAskAhead; then so is the place of those that are written next. Values is Pair, or Normal
+// where that is known of what is rounded.
 template <
     int kRows, bool kStream, bool kAskAhead, class Input, class Values, class Scale, class Rows,
     class Output>
 COREAI_TORCH_INLINE void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, Quad rstds, Output* const* output,
-    int64_t output_step, int ahead) {
+    int64_t output_step) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
   const int64_t output_ahead = kGroup * output_step;
@@ -308,8 +322,14 @@ COREAI_TORCH_INLINE void forward_rows(
       Pair result[kGroup];
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
         const int row = first + kBegin + r;
-        if constexpr (kAskAhead || kSideBySide<kStream, Input>) rows.prefetch_ahead(ahead, row, i);
-        if constexpr (kAskAhead) prefetch_to_write(output[row] + output_ahead + i);
+        if constexpr (kSpreads<kRows, Input>) {
+          if constexpr (kBegin + r >= kAskedForEarly) rows.prefetch_ahead(2 * kBlockRows, row, i);
+        } else {
+          if constexpr (kAskAhead || kSideBySide<kStream, Input>) {
+            rows.prefetch_ahead(kRows, row, i);
+          }
+          if constexpr (kAskAhead) prefetch_to_write(output[row] + output_ahead + i);
+        }
         Pair normalized = rows.again(part, row, i) * rstd[r];
         if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
           normalized = round_to<Input>(Values{normalized});
@@ -422,33 +442,35 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const auto sum_block = [&](Block& block) {
     KeptInForward<Input> kept;
     if (block.count == kBlockRows) {
-      block.rstd = forward_rstd<kBlockRows, kStream, Input>(length, shape.eps, block.rows, 0, kept);
+      block.rstd = forward_rstd<kBlockRows, kStream, kAskAhead, Input>(
+          length, shape.eps, block.rows, 0, block.output, kept);
     } else {
       for (int r = 0; r < block.count; ++r) {
-        block.rstd[r] = forward_rstd<1, kStream, Input>(length, shape.eps, block.rows, r, kept)[0];
+        block.rstd[r] = forward_rstd<1, kStream, false, Input>(
+            length, shape.eps, block.rows, r, block.output, kept)[0];
       }
     }
     if constexpr (kPrefersNormal<Input>) {
       block.normal = are_normal(kept.value(), block.rstd, block.count, block.smallest_scale);
     }
   };
-  const auto write_rows = [&](auto values, const Block& block, int ahead) {
+  const auto write_rows = [&](auto values, const Block& block) {
     using Values = decltype(values);
     if (block.count == kBlockRows) {
       forward_rows<kBlockRows, kStream, kAskAhead, Input, Values>(
-          dim, block.rows, 0, block.scale, block.rstd, block.output, block.output_step, ahead);
+          dim, block.rows, 0, block.scale, block.rstd, block.output, block.output_step);
     } else {
       for (int r = 0; r < block.count; ++r) {
         forward_rows<1, kStream, false, Input, Values>(
-            dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 0, 1);
+            dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 0);
       }
     }
   };
-  const auto write_block = [&](const Block& block, int ahead) {
+  const auto write_block = [&](const Block& block) {
     if constexpr (kPrefersNormal<Input>) {
-      if (block.normal) return write_rows(Normal(), block, ahead);
+      if (block.normal) return write_rows(Normal(), block);
     }
-    write_rows(Pair(), block, ahead);
+    write_rows(Pair(), block);
   };
 
   Block next;
@@ -461,12 +483,12 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       const Block block = next;
       more = take_next(next);
       if (more) sum_block(next);
-      write_block(block, 2 * kBlockRows);
+      write_block(block);
     }
   } else {
     for (; more; more = take_next(next)) {
       sum_block(next);
-      write_block(next, kBlockRows);
+      write_block(next);
     }
   }
 }
