@@ -655,7 +655,8 @@ inline void backward_rows(
 
 // Bytes of a 16-bit row from which on the next block of backward is asked for, the gradients while
 // one is summed and the rest while it is written, so that memory is at work while conversions are.
-// Other rows need that only where they are scattered, and ask for what is there.
+// Other rows need that only where they are scattered, and ask for what is there; but those of
+// grad_new_residual, which are not read while a block is summed, are always asked for in float32.
 constexpr int64_t kWorthFetching = 1024;
 
 template <bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale, class Args>
@@ -711,7 +712,10 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
       const int ahead = is_worth_fetching || cursor.step(1) != shape.dim ? plan.block_rows : 0;
       block.grad_output_ahead = ahead * cursor.step(0);
       block.input_ahead = ahead * cursor.step(1);
-      if constexpr (kAdds) block.grad_new_residual_ahead = ahead * cursor.step(3);
+      if constexpr (kAdds) {
+        block.grad_new_residual_ahead =
+            (sizeof(Input) > 2 ? plan.block_rows : ahead) * cursor.step(3);
+      }
       for (int64_t group = first;;) {
         const Scale* scale = (const Scale*)args.scale + group * shape.dim;
         Real* grad_scale =
