@@ -66,10 +66,20 @@ def installed(names: tuple[str, ...]) -> dict[str, str]:
     return versions
 
 
+def cache_folders() -> list[Path]:
+    return sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+
+
+def largest_cache() -> int:
+    """Its size in bytes; 64 MiB where the system does not tell."""
+    sizes = [re.fullmatch(r"(\d+)K", read_or(folder / "size")) for folder in cache_folders()]
+    return max((int(size[1]) * 1024 for size in sizes if size), default=64 * 2**20)
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     caches = [
         f"L{read_or(index / 'level')} {read_or(index / 'type')} {read_or(index / 'size')}"
-        for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+        for index in cache_folders()
     ]
     commit = git("rev-parse", "HEAD")
     record: dict[str, Any] = {

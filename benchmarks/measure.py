@@ -11,11 +11,13 @@ import torch._functorch.config
 
 from . import ring, timing
 from .cases import DIRECTIONS, Case, Inputs, make_inputs
+from .environment import largest_cache
 from .providers import Subject, forward_backward, make_subjects, outputs_of
 from .verification import verify
 
 ROOFS = ("copy_", "clone")  # they move memory only; every table divides by one of them
 Key = tuple[str, str]  # direction, provider
+EVICTED = 4  # times the largest cache is read to empty it
 
 # Backward alone is timed by running it again and again on one output, so that what a compiled
 # function saved for it must not be overwritten.
@@ -28,7 +30,7 @@ class Plan(NamedTuple):
     providers: list[str]  # installed ones
     directions: tuple[str, ...] = DIRECTIONS
     device: str = "cpu"
-    method: str = "rounds"  # or "ring"
+    method: str = "rounds"  # "apart", rounds of single calls with cold caches, or "ring"
     effort: timing.Effort = timing.Effort()
 
 
@@ -62,7 +64,10 @@ def measure(case: Case, plan: Plan) -> dict[str, Any]:
         samples = time_on_ring(case, inference, training, plan, wrong)
     else:
         timed = host_calls(inputs, inference, training, plan.directions)
-        timings = timing.take_turns(timed, plan.effort)
+        if plan.method == "apart":
+            timings = timing.take_turns(timed, plan.effort, evictor(), apart=True)
+        else:
+            timings = timing.take_turns(timed, plan.effort)
         samples = timings.seconds
         record |= timings.counts()
     times: dict[str, dict[str, dict[str, float]]] = {}
@@ -70,6 +75,11 @@ def measure(case: Case, plan: Plan) -> dict[str, Any]:
         moved = 2 * case.tensor_bytes if name in ROOFS else record["bytes"][direction]
         times.setdefault(direction, {})[name] = timing.summary(taken, moved)
     return record | {"skipped": wrong, "times": times}
+
+
+def evictor() -> Callable[[], object]:
+    """Empties the caches: every thread reads more than they hold."""
+    return torch.ones(EVICTED * largest_cache() // 4).sum
 
 
 def host_calls(

@@ -36,6 +36,7 @@ MEASURES = {
     "host": ("default",),
     "memory": ("default",),
     "models": ("default",),
+    "cold": ("warm",),
     "rows": ("warm",),
     "threads": ("warm",),
     "levels": ("warm",),
@@ -198,12 +199,13 @@ def run_here(options: argparse.Namespace) -> dict[str, Any]:
         "host": lambda: overheads.host_times(plan),
         "memory": lambda: overheads.memory_use(plan),
         "models": lambda: models.model_times(plan),
+        "cold": lambda: scaling.cold(plan),
         "rows": lambda: scaling.by_rows(plan),
         "threads": lambda: scaling.by_threads(plan, scaling.thread_counts()),
         "levels": lambda: scaling.by_levels(plan, cpu.supported_levels()),
     }
     if options.device == "cuda":
-        del others["threads"], others["levels"]
+        del others["cold"], others["threads"], others["levels"]
     for name, measured in others.items():
         if name in options.measures:
             print(f"measuring: {name}", flush=True)

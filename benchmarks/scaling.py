@@ -1,4 +1,4 @@
-"""Is the cost linear in rows, what do more threads bring, and what do SIMD levels?"""
+"""Is the cost linear in rows? What do cold caches cost, more threads bring, and SIMD levels?"""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from coreai_torch.backends import cpu
 
 from . import timing
-from .cases import Case, make_inputs
+from .cases import PER_HEAD, Case, make_case, make_inputs
 from .measure import Plan, measure
 from .providers import forward_backward, make_subjects
 
 ROWS_DIM = 64
 ROWS = tuple(10**exponent for exponent in range(7))
+COLD_SHAPES = ((64, 4096), (2048, 1024), (32768, 128), PER_HEAD)
 THREAD_SHAPES = ((2048, 1024), (4096, 4096))
 DTYPES = ("float32", "bfloat16")
 LEVEL_SHAPE = (4096, 4096)
@@ -27,6 +28,12 @@ def by_rows(plan: Plan, rows: tuple[int, ...] = ROWS) -> list[dict[str, Any]]:
     """Ours and the copies at a fixed dim."""
     plan = plan._replace(providers=["ours"], directions=("forward", "forward+backward"))
     return [measure(Case((n, ROWS_DIM), "float32"), plan) for n in rows]
+
+
+def cold(plan: Plan, shapes: tuple[tuple[int, ...], ...] = COLD_SHAPES) -> list[dict[str, Any]]:
+    """Single calls whose operands are in no cache."""
+    plan = plan._replace(method="apart")
+    return [measure(make_case(shape, dtype), plan) for dtype in DTYPES for shape in shapes]
 
 
 def thread_counts() -> list[int]:

@@ -184,6 +184,22 @@ def scaling_row(case: Record) -> list[str]:
     ]
 
 
+def cold(section: Record) -> list[str]:
+    run = {"cases": section["records"]}
+    columns = columns_of(run)
+    names = header(columns)
+    lines = [
+        "## Cold caches",
+        "",
+        f"{where(section)}. Before each call the caches are emptied, so that its operands come "
+        "from memory; what it writes finds its pages. Columns but the first two are times those "
+        "of `copy_`.",
+        "",
+    ]
+    rows = [row(case, columns, "copy_") for case in section["records"]]
+    return [*lines, *markdown(names, rows, "l" + "r" * (len(names) - 1)), ""]
+
+
 SCALING = ("copy_ µs", "clone/copy_", "ours fwd µs", "F+B µs", "fwd, ns a row", "F+B, ns a row")
 
 
@@ -248,6 +264,7 @@ EXTRA = {
     "host": host,
     "memory": memory,
     "models": models,
+    "cold": cold,
     "rows": by_rows,
     "threads": by_threads,
     "levels": by_levels,

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .cases import DIRECTIONS, PER_HEAD, SHORT
+from .measure import ROOFS
 from .tables import Record, providers_of, ratio, time_of
 
 MIB = 2**20
 LARGE = 4096 * 4096  # elements
 CUDA_LARGE = 64e6  # bytes
 FORWARD, BACKWARD, BOTH = DIRECTIONS
-COLUMNS = ("mode", "case", "direction", "target", "measured", "µs, ours and the other", "")
+COLUMNS = ("mode", "case", "direction", "target", "measured", "of its bandwidth", "µs, both", "")
 
 
 class Target(NamedTuple):
@@ -36,6 +37,7 @@ class Check(NamedTuple):
     target: Target
     measured: float
     times: str
+    bandwidth: float | None = None  # ours over that of a copy, counting the bytes that must move
 
     @property
     def met(self) -> bool:
@@ -53,7 +55,8 @@ class Check(NamedTuple):
             text, measured = f"≤ {bound:g} times {other}", f"{self.measured:.2f}"
         verdict = "met" if self.met else "**missed**"
         direction = SHORT[self.target.direction]
-        return [self.mode, self.case, direction, text, measured, self.times, verdict]
+        share = "" if self.bandwidth is None else f"{self.bandwidth:.0%}"
+        return [self.mode, self.case, direction, text, measured, share, self.times, verdict]
 
 
 def cpu_targets(mode: str, case: Record) -> Iterator[Target]:
@@ -137,7 +140,11 @@ def check(run: Record, case: Record, target: Target) -> Check | None:
     if ours is None or other is None:
         return None
     measured = other / ours if target.faster else ours / other
-    return Check(run["mode"], case["name"], target, measured, f"{ours:.1f}, {other:.1f}")
+    bandwidth = None
+    if target.other in ROOFS:
+        bandwidth = case["bytes"][target.direction] / (2 * case["output_bytes"]) / measured
+    times = f"{ours:.1f}, {other:.1f}"
+    return Check(run["mode"], case["name"], target, measured, times, bandwidth)
 
 
 def slower(run: Record) -> Iterator[str]:
@@ -159,7 +166,10 @@ def slower(run: Record) -> Iterator[str]:
 
 
 def slower_elsewhere(result: Record) -> Iterator[str]:
-    """The same of calls, memory and models."""
+    """The same of cold caches, calls, memory and models."""
+    if cold := result.get("cold"):
+        mode = f"{cold['mode']}, cold caches"
+        yield from slower({"mode": mode, "threads": cold["threads"], "cases": cold["records"]})
     for record in result.get("host", {}).get("records", ()):
         for direction, times in record["times"].items():
             pairs = (("ours, function", "F.rms_norm"), ("ours, module", "nn.RMSNorm"))

@@ -6,6 +6,7 @@ each round starts one place later than the one before.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -90,28 +91,39 @@ def iterations(run: Run, target: float) -> int:
 
 
 def take_turns(
-    timed: Mapping[Key, Run], effort: Effort, settle: Run = lambda: None
+    timed: Mapping[Key, Run], effort: Effort, settle: Run = lambda: None, apart: bool = False
 ) -> Timings[Key]:
-    """Rounds that run everything in turn; `settle` is called before each timing.
+    """Rounds that run everything in turn; `settle` is called before each timing, untimed.
 
-    After the repeats are used up, the least contended rounds are taken.
+    A timing is a loop of calls, or, where they are `apart`, calls that are each settled and timed
+    on their own. After the repeats are used up, the least contended rounds are taken.
     """
     keys = list(timed)
     target = max(MIN_TIMING_S, effort.round_s / len(keys)) if effort.round_s else 0.0
-    times = {key: iterations(timed[key], target) for key in keys}
+
+    def settled(run: Run) -> float:
+        settle()
+        return seconds(run, 1)
+
+    def timing(key: Key) -> float:
+        run, count = timed[key], times[key]
+        if apart:
+            return sum(settled(run) for _ in range(count)) / count
+        if count > 2:
+            run()  # bring in the data that the one before has displaced
+        settle()
+        return seconds(run, count) / count
+
+    loops = {key: functools.partial(settled, run) if apart else run for key, run in timed.items()}
+    times = {key: iterations(loop, target) for key, loop in loops.items()}
     needed = min(effort.rounds, MIN_ROUNDS)
     taken: list[tuple[float, dict[Key, float]]] = []
     clean = 0
     start = time.perf_counter()
     for index in range(effort.rounds * (1 + REPEATS)):
         shift = index % len(keys)
-        result = {}
         with Contention() as contention:
-            for key in keys[shift:] + keys[:shift]:
-                if times[key] > 2:
-                    timed[key]()  # bring in the data that the one before has displaced
-                settle()
-                result[key] = seconds(timed[key], times[key]) / times[key]
+            result = {key: timing(key) for key in keys[shift:] + keys[:shift]}
         taken.append((contention.share, result))
         clean += contention.share <= CONTENDED
         spent = time.perf_counter() - start

@@ -248,12 +248,24 @@ def test_rounds_take_turns(monkeypatch):
     assert [rounds[i : i + 3] for i in range(0, 9, 3)] == ["abc", "bca", "cab"]
 
 
+def test_calls_apart_are_settled_one_by_one(monkeypatch):
+    monkeypatch.setattr(timing, "busy_seconds", lambda: None)
+    order: list[str] = []
+    timed = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    effort = timing.Effort(3, 100.0, round_s=1e-4)  # several calls of each in a round
+    timings = timing.take_turns(timed, effort, lambda: order.append("-"), apart=True)
+    assert order[::2] == ["-"] * (len(order) // 2)
+    assert set(order[1::2]) == {"a", "b"}
+    assert len(timings.seconds["a"]) == 3
+
+
 def test_other_measures():
     size = models.Size(dim=32, heads=2, layers=1, length=8, batch=2)
     result = {
         "host": overheads.host_times(TRIAL),
         "memory": overheads.memory_use(TRIAL, (cases.Case((64, 256), "float32"),)),
         "models": models.model_times(TRIAL, size),
+        "cold": scaling.cold(TRIAL, ((8, 64),)),
         "rows": scaling.by_rows(TRIAL, (1, 10)),
         "threads": scaling.by_threads(TRIAL, [1, 2], ((8, 64),)),
         "levels": scaling.by_levels(TRIAL, cpu.supported_levels(), (8, 64)),
@@ -271,12 +283,33 @@ def test_other_measures():
     assert memory["bytes"]["reference"]["forward"] >= 2 * tensor
     for record in result["models"]:
         assert record["times"].keys() == {"ours", "torch", "reference"}, record
+    assert [case["dtype"] for case in result["cold"]] == ["float32", "bfloat16"]
+    assert {"copy_", *EAGER} <= result["cold"][0]["times"]["forward"].keys()
     assert [case["shape"] for case in result["rows"]] == [[1, 64], [10, 64]]
     for name, records in result.items():
         section = {"mode": "default", "threads": 2, "records": records}
         lines = sections.EXTRA[name](section)
         assert lines[0].startswith("## ")
         assert any(line.startswith("| ") for line in lines)
+
+
+def test_a_loss_with_cold_caches_is_told():
+    times = {"ours": {"median_us": 3.0}, "torch": {"median_us": 2.0}}
+    case = {"name": "float32 8x64", "times": {"forward": times}}
+    result = {"cold": {"mode": "warm", "threads": 2, "records": [case]}}
+    (line,) = targets.slower_elsewhere(result)
+    assert line.startswith("warm, cold caches, 2 threads, float32 8x64, fwd: 1.50 times torch")
+
+
+def test_the_share_of_a_copys_bandwidth():
+    times = {"copy_": {"median_us": 10.0}, "ours": {"median_us": 20.0}}
+    case = {
+        **{"name": "float32 8x64", "dtype": "float32", "output_bytes": 100},
+        **{"bytes": {"forward": 210}, "times": {"forward": times}},
+    }
+    target = targets.Target("forward", "copy_", 1.5)
+    found = targets.check({"mode": "warm"}, case, target)
+    assert found.cells()[4:] == ["2.00", "52%", "20.0, 10.0", "**missed**"]
 
 
 def test_targets_of_levels():

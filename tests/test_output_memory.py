@@ -18,6 +18,7 @@ PART = 200
 backward = torch.ops.coreai_torch.fused_rms_norm_backward
 for dtype, rows in ((torch.float32, 1700), (torch.bfloat16, 3400), (torch.float16, 3400)):
     x, g, w = (torch.randn(n, 4096).to(dtype) for n in (rows, rows, 1))
+    x[::97, 3] = 1e-38  # a denormal number now and then
     for level in cpu.supported_levels():
         with cpu.level(level):
             y = torch.cat([ops.rms_norm(part, w) for part in x.split(PART)])
@@ -41,6 +42,7 @@ PART = 200
 backward = torch.ops.coreai_torch.fused_add_rms_norm_backward
 for dtype, rows in ((torch.float32, 1700), (torch.bfloat16, 3400), (torch.float16, 3400)):
     x, r, g, w = (torch.randn(n, 4096).to(dtype) for n in (rows, rows, rows, 1))
+    x[::97, 3] = r[::97, 3] = 1e-38  # a denormal number now and then
     for level in cpu.supported_levels():
         with cpu.level(level):
             parts = [ops.add_rms_norm(*part, w) for part in zip(x.split(PART), r.split(PART))]

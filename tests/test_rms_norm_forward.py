@@ -12,9 +12,11 @@ WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 31, 32, 33, 64, 65, 100, 127, 128, 500
 
 
 def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Of everything but numbers that are none."""
     assert a.dtype == b.dtype
     assert a.shape == b.shape
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(a.signbit() & ~a.isnan(), b.signbit() & ~b.isnan())
 
 
 @pytest.mark.parametrize("pair", ALL_PAIRS, ids=names)
@@ -130,6 +132,26 @@ def test_results_that_are_denormal(dtype, level):
     x = torch.randn(5, 67, dtype=dtype)
     w = (torch.randn(67) * (1e-39 if dtype != torch.float16 else 1e-6)).to(dtype)
     assert_same_bits(ops.rms_norm(x, w), reference.rms_norm(x, w))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+def test_a_single_tiny_number(pair, level):
+    """Among ordinary ones, in the input, the scale, or both; of every size that matters."""
+    dim = 67
+    for place in (0, 31, 64, 66):
+        exponents = torch.arange(-150.0, -90.0, 1.5)
+        tiny = (2**exponents).unsqueeze(-1).to(pair[0])
+        x = torch.randn(len(exponents), dim).to(pair[0])
+        x[:, place : place + 1] = torch.where(
+            torch.arange(len(exponents))[:, None] % 3 > 0, tiny, 0
+        )
+        w = torch.randn(dim).to(pair[1])
+        for scale_there in (0.7, -1e-30, 1e-38, 0.0):
+            w[place] = scale_there
+            assert_same_bits(ops.rms_norm(x, w, 0.0), reference.rms_norm(x, w, 0.0))
+            output, total = ops.add_rms_norm(x, torch.zeros_like(x), w)
+            assert_same_bits(total, x)
+            assert_same_bits(output, reference.rms_norm(x, w))
 
 
 def test_all_16_bit_patterns(level):
