@@ -71,11 +71,12 @@ def test_layouts_of_input_and_grad_output(make_input, make_grad):
     assert grads[1].is_contiguous()
 
 
+@pytest.mark.parametrize("heads", [7, 8])
 @pytest.mark.parametrize("dtype", FLOATS, ids=names)
-def test_heads_of_a_transposed_view(dtype):
+def test_heads_of_a_transposed_view(dtype, heads):
     """They are gone through in another order than rows that lie one behind the other."""
-    x, g = (torch.randn(2, 301, 7, 40).to(dtype).transpose(1, 2) for _ in range(2))
-    w = torch.randn(7, 1, 40, dtype=dtype)
+    x, g = (torch.randn(2, 301, heads, 40).to(dtype).transpose(1, 2) for _ in range(2))
+    w = torch.randn(heads, 1, 40, dtype=dtype)
     results = with_gradients(ops.rms_norm, x, w, g, 1e-5)
     dense = with_gradients(ops.rms_norm, x.contiguous(), w, g.contiguous(), 1e-5)
     for ours, expected in zip(results, dense, strict=True):

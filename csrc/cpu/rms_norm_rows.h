@@ -310,18 +310,19 @@ template <
     int kRows, bool kStream, bool kAskAhead, class Input, class Values, class Scale, class Rows,
     class Output>
 COREAI_TORCH_INLINE void forward_rows(
-    int64_t dim, const Rows& rows, int first, const Scale* scale, Quad rstds, Output* const* output,
-    int64_t output_step) {
+    int64_t dim, const Rows& rows, int first, const Scale* scale, int64_t scale_step, Quad rstds,
+    Output* const* output, int64_t output_step) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
   const int64_t output_ahead = kGroup * output_step;
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kBegin = decltype(group)::value * kGroup;
+    const Scale* const group_scale = scale + kBegin * scale_step;
     Pair rstd[kGroup];
     unrolled<kGroup>([&](auto r)
                          COREAI_TORCH_INLINE_LAMBDA { rstd[r] = splat(rstds[kBegin + r]); });
     for_each_pair<Part>(0, dim, [&](auto part, int64_t i) COREAI_TORCH_INLINE_LAMBDA {
-      const Pair w = part.load_from(scale + i);
+      const Pair w = part.load_from(group_scale + i);
       Pair result[kGroup];
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
         const int row = first + kBegin + r;
@@ -350,9 +351,16 @@ COREAI_TORCH_INLINE void forward_rows(
 // are streamed: four would not stay in the caches until they are written.
 constexpr int64_t kLongRow = 16384;
 
-template <bool kStream, bool kAskAhead, bool kTurns, class Input, class Scale, class Args>
+// In which order rows are taken. Where groups take turns they do so block by block, or, where a
+// block need not share a scale row, since its rows go one by one, row by row: a block goes across
+// groups.
+enum class Order { kAsTheyCome, kInTurns, kAcross };
+
+template <bool kStream, bool kAskAhead, Order kOrder, class Input, class Scale, class Args>
 void forward_range(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
+  constexpr bool kTurns = kOrder != Order::kAsTheyCome;
+  constexpr bool kAcross = kOrder == Order::kAcross;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
   const int64_t dim = shape.dim;
@@ -377,7 +385,7 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const int turns_dim = kTurns ? dim_of_turns(shape, args.input_strides) : -1;
   if constexpr (!kTurns) cursor.seek(begin);
   int64_t unit = begin, run_end = begin;
-  int64_t turn = 0;
+  int64_t turn = kAcross ? shape.groups : 0;
   const Scale* scale = nullptr;
   float smallest_scale = 0;
   const auto set_scale = [&](Block& block, const Scale* row) {
@@ -425,8 +433,39 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     }
     return true;
   };
+  // A block of the next groups, whose number is a multiple of a block's rows.
+  const auto take_across = [&](Block& block) {
+    if (turn == shape.groups) {
+      if (unit == end) return false;
+      if (unit == run_end) {
+        start_run();
+      } else {
+        cursor.next();
+      }
+      ++unit;
+      turn = 0;
+    }
+    block.count = kBlockRows;
+    block.scale = run_scale + turn * dim;
+    block.rows.input_step = cursor.stride(0, turns_dim);
+    block.output_step = cursor.stride(1, turns_dim);
+    if constexpr (kAdds) block.rows.residual_step = cursor.stride(2, turns_dim);
+    for (int r = 0; r < kBlockRows; ++r, ++turn) {
+      const auto offset = [&](int n) {
+        return cursor.offset(n) + turn * cursor.stride(n, turns_dim);
+      };
+      block.rows.input[r] = (const Input*)args.input + offset(0);
+      block.output[r] = (Output*)args.output + offset(1);
+      if constexpr (kAdds) {
+        block.rows.residual[r] = (const Input*)args.residual + offset(2);
+        block.rows.new_residual[r] = (Input*)args.new_residual + offset(3);
+      }
+    }
+    return true;
+  };
   // The block after `block`, of the group whose turn is next.
   const auto take_next = [&](Block& block) {
+    if constexpr (kAcross) return take_across(block);
     if (!kTurns || ++turn == shape.groups) {
       turn = 0;
       return take_rows(block);
@@ -461,11 +500,12 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     using Values = decltype(values);
     if (block.count == kBlockRows) {
       forward_rows<kBlockRows, kStream, kAskAhead, Input, Values>(
-          dim, block.rows, 0, block.scale, block.rstd, block.output, block.output_step);
+          dim, block.rows, 0, block.scale, kAcross ? dim : 0, block.rstd, block.output,
+          block.output_step);
     } else {
       for (int r = 0; r < block.count; ++r) {
         forward_rows<1, kStream, false, Input, Values>(
-            dim, block.rows, r, block.scale, Quad{block.rstd[r]}, block.output, 0);
+            dim, block.rows, r, block.scale, 0, Quad{block.rstd[r]}, block.output, 0);
       }
     }
   };
@@ -477,7 +517,7 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   };
 
   Block next;
-  bool more = take_rows(next);
+  bool more = kAcross ? take_across(next) : take_rows(next);
   if constexpr (sizeof(Input) == 2) {
     // Conversions keep the processor busy, and would wait for a block's 1/rms, which take long one
     // after the other. So the next block is summed before one is written.
@@ -500,32 +540,33 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
 // written.
 constexpr int64_t kBeyondCaches = int64_t(12) << 20;
 
+template <bool kAskAhead, class Input, class Scale, class Args>
+void forward_in_order(const Args& args, int64_t begin, int64_t end) {
+  if (dim_of_turns(args.shape, args.input_strides) < 0) {
+    return forward_range<false, kAskAhead, Order::kAsTheyCome, Input, Scale>(args, begin, end);
+  }
+  if constexpr (!kSideBySide<false, Input>) {
+    if (args.shape.groups % kBlockRows == 0) {
+      return forward_range<false, kAskAhead, Order::kAcross, Input, Scale>(args, begin, end);
+    }
+  }
+  forward_range<false, kAskAhead, Order::kInTurns, Input, Scale>(args, begin, end);
+}
+
 template <class Input, class Scale, class Args>
 void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
-  const bool turns = dim_of_turns(args.shape, args.input_strides) >= 0;
   if constexpr (kStreams) {
-    constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
-    const bool beyond_caches =
-        kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches;
     if (stream) {
-      forward_range<true, false, false, Input, Scale>(args, begin, end);
+      forward_range<true, false, Order::kAsTheyCome, Input, Scale>(args, begin, end);
       stream_end((const Input*)args.output);
       return;
     }
-    if (beyond_caches) {
-      if (turns) {
-        forward_range<false, true, true, Input, Scale>(args, begin, end);
-      } else {
-        forward_range<false, true, false, Input, Scale>(args, begin, end);
-      }
-      return;
+    constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
+    if (kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches) {
+      return forward_in_order<true, Input, Scale>(args, begin, end);
     }
   }
-  if (turns) {
-    forward_range<false, false, true, Input, Scale>(args, begin, end);
-  } else {
-    forward_range<false, false, false, Input, Scale>(args, begin, end);
-  }
+  forward_in_order<false, Input, Scale>(args, begin, end);
 }
 
 // Up to kBlockRows rows of backward that share a scale row.
