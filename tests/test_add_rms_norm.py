@@ -101,6 +101,18 @@ def test_layouts(make_input, make_residual):
     assert grad_input.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("heads", [7, 8])
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+def test_heads_of_a_transposed_view(dtype, heads, level):
+    x, r, dy, dh = (torch.randn(2, 21, heads, 40).to(dtype).transpose(1, 2) for _ in range(4))
+    w = torch.randn(heads, 1, 40, dtype=dtype)
+    for ours, expected in zip(ops.add_rms_norm(x, r, w), apart(x, r, w), strict=True):
+        assert_same_bits(ours, expected)
+    ours = with_gradients(ops.add_rms_norm, x, r, w, dy, dh)
+    dense = with_gradients(ops.add_rms_norm, x.contiguous(), r.contiguous(), w, dy, dh)
+    assert all(torch.equal(a, b) for a, b in zip(ours, dense, strict=True))
+
+
 def test_rows_with_adjacent_elements_are_not_copied():
     x, r = (torch.randn(4, 10, 18, 48)[:, :, k : k + 6].transpose(1, 2) for k in (6, 12))
     with torch.profiler.profile() as profile:

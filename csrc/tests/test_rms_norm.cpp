@@ -143,6 +143,7 @@ int main() {
     problems.push_back({3, 4, 5, dim, 0});
     problems.push_back({2, 3, 1, dim, 1});
     problems.push_back({2, 3, 6, dim, 1, /*transposed=*/true});
+    problems.push_back({2, 8, 5, dim, 1, /*transposed=*/true});
   }
   problems.push_back({1, 1, 3000, 16, 0});
   problems.push_back({2, 2, 700, 8, 0});
