@@ -16,8 +16,8 @@ CPP_FILES = $$(find csrc benchmarks tests/simt examples/cpp \
   -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help demo converter test test-slow test-cpp test-sanitizers test-valgrind test-old-cpu \
-  test-python-sanitized test-cuda test-aarch64 bench bench-quick bench-compile bench-cuda build docs lint \
-  format clean
+  test-python-sanitized test-cuda test-clang test-aarch64 bench bench-quick bench-compile bench-cuda \
+  build docs lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -93,6 +93,11 @@ test-cuda: $(INSTALLED)  ## the tests on a CUDA card, a few of them under comput
 	  -k "test_layouts or test_heads or (test_accuracy and bfloat16-float32)"
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q tests/test_cuda.py \
 	  -k "test_the_same_bits"
+
+test-clang:  ## the C++ tests, compiled with clang
+	cmake -S . -B build/clang -G Ninja -DCMAKE_CXX_COMPILER=clang++ -DCOREAI_TORCH_WERROR=ON > /dev/null
+	cmake --build build/clang
+	ctest --test-dir build/clang --output-on-failure
 
 test-aarch64:  ## the C++ tests on aarch64, cross-compiled and emulated
 	cmake -S . -B build/aarch64 -G Ninja --toolchain cmake/aarch64-linux-gnu.cmake \

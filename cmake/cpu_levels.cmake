@@ -2,12 +2,13 @@
 # list is that of csrc/cpu/levels.h.
 
 # Products and sums are rounded one by one (no contraction to fused multiply-add), so that results
-# have the same bits at every level.
-set(COREAI_TORCH_KERNEL_FLAGS -ffp-contract=off -fno-math-errno)
+# have the same bits at every level. Vectors wider than the level's registers, of which compilers warn,
+# are passed between inline functions only.
+set(COREAI_TORCH_KERNEL_FLAGS -ffp-contract=off -fno-math-errno -Wno-psabi)
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  # Vectors wider than the level's registers are passed between inline functions only. GCC does not
-  # see that rows of a block beyond its count are not touched; valgrind looks at that in CI.
-  list(APPEND COREAI_TORCH_KERNEL_FLAGS -Wno-psabi -Wno-maybe-uninitialized)
+  # GCC does not see that rows of a block beyond its count are not touched; valgrind looks at that in
+  # CI.
+  list(APPEND COREAI_TORCH_KERNEL_FLAGS -Wno-maybe-uninitialized)
 endif()
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

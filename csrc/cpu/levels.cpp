@@ -12,6 +12,24 @@ namespace {
 constexpr const char* kNames[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_LEVEL_NAME)};
 constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
 
+#if defined(__x86_64__)
+#if defined(__clang_major__) && \
+    __clang_major__ < 18  // knows no levels, and not all of their features
+bool is_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool is_v4() {
+  return is_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#else  // the same words as the compile flags, so that test and flags cannot drift apart
+bool is_v3() { return __builtin_cpu_supports("x86-64-v3"); }
+bool is_v4() { return __builtin_cpu_supports("x86-64-v4"); }
+#endif
+#endif
+
 int find_level(const char* name) {
   for (int level = 0; level < kCount; ++level) {
     if (std::strcmp(kNames[level], name) == 0) return level;
@@ -61,14 +79,13 @@ const char* cpu_level_name(int level) { return kNames[level]; }
 
 bool cpu_level_supported(int level) {
 #if defined(__x86_64__)
-  // The same words as the compile flags, so that test and flags cannot drift apart.
   switch (level) {
     case 1:
-      return __builtin_cpu_supports("x86-64-v3");
+      return is_v3();
     case 2:
-      return __builtin_cpu_supports("x86-64-v4");
+      return is_v4();
     case 3:
-      return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16");
+      return is_v4() && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return level == 0;

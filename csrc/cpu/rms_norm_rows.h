@@ -688,7 +688,7 @@ inline void backward_rows(
     if constexpr (kGradInput) {
       for (int r = 0; r < rows; ++r) {
         if constexpr (kStream && kSame<decltype(part), Whole>) {
-          stream(block.grad_input[r] + i, grad_input[r]);
+          Streamed().store_to(block.grad_input[r] + i, grad_input[r]);
         } else {
           part.store_to(block.grad_input[r] + i, grad_input[r]);
         }
