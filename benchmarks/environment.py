@@ -56,6 +56,14 @@ def git(*arguments: str) -> str | None:
         return None
 
 
+def commit() -> dict[str, Any]:
+    """What was measured, and was it changed since? Earlier results don't count."""
+    head = git("rev-parse", "HEAD")
+    but_results = (":(top)", ":(top,exclude)benchmarks/results")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *but_results)
+    return {"commit": head.strip() if head else None, "dirty": bool(changes)}
+
+
 def installed(names: tuple[str, ...]) -> dict[str, str]:
     versions = {}
     for name in names:
@@ -81,7 +89,6 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         f"L{read_or(index / 'level')} {read_or(index / 'type')} {read_or(index / 'size')}"
         for index in cache_folders()
     ]
-    commit = git("rev-parse", "HEAD")
     record: dict[str, Any] = {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -94,8 +101,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "libraries": installed(LIBRARIES),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "commit": commit.strip() if commit else None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     return record | card() if device == "cuda" else record

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sections
-from .environment import git
+from .environment import commit
 
 ROOT = Path(__file__).parents[1]
 LEVEL = "x86-64-v3"
@@ -64,13 +64,11 @@ def count(program: Path, dims: Sequence[int] = DIMS, rows: int = ROWS) -> dict[s
     for record in records:
         del record["order"]
     version = subprocess.run([valgrind, "--version"], capture_output=True, text=True).stdout.strip()
-    commit = git("rev-parse", "HEAD")
     return {
         "tool": f"{version}, callgrind",
         "level": LEVEL,
         "rows": rows,
-        "commit": commit.strip() if commit else None,
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **commit(),
         "records": records,
     }
 
