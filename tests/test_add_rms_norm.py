@@ -101,11 +101,12 @@ def test_layouts(make_input, make_residual):
     assert grad_input.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize("dim", [40, 64, 128])
 @pytest.mark.parametrize("heads", [7, 8])
 @pytest.mark.parametrize("dtype", FLOATS, ids=names)
-def test_heads_of_a_transposed_view(dtype, heads, level):
-    x, r, dy, dh = (torch.randn(2, 21, heads, 40).to(dtype).transpose(1, 2) for _ in range(4))
-    w = torch.randn(heads, 1, 40, dtype=dtype)
+def test_heads_of_a_transposed_view(dtype, heads, dim, level):
+    x, r, dy, dh = (torch.randn(2, 21, heads, dim).to(dtype).transpose(1, 2) for _ in range(4))
+    w = torch.randn(heads, 1, dim, dtype=dtype)
     for ours, expected in zip(ops.add_rms_norm(x, r, w), apart(x, r, w), strict=True):
         assert_same_bits(ours, expected)
     ours = with_gradients(ops.add_rms_norm, x, r, w, dy, dh)

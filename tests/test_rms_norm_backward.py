@@ -71,12 +71,13 @@ def test_layouts_of_input_and_grad_output(make_input, make_grad):
     assert grads[1].is_contiguous()
 
 
+@pytest.mark.parametrize("dim", [40, 64, 128])
 @pytest.mark.parametrize("heads", [7, 8])
 @pytest.mark.parametrize("dtype", FLOATS, ids=names)
-def test_heads_of_a_transposed_view(dtype, heads):
+def test_heads_of_a_transposed_view(dtype, heads, dim):
     """They are gone through in another order than rows that lie one behind the other."""
-    x, g = (torch.randn(2, 301, heads, 40).to(dtype).transpose(1, 2) for _ in range(2))
-    w = torch.randn(heads, 1, 40, dtype=dtype)
+    x, g = (torch.randn(2, 301, heads, dim).to(dtype).transpose(1, 2) for _ in range(2))
+    w = torch.randn(heads, 1, dim, dtype=dtype)
     results = with_gradients(ops.rms_norm, x, w, g, 1e-5)
     dense = with_gradients(ops.rms_norm, x.contiguous(), w, g.contiguous(), 1e-5)
     for ours, expected in zip(results, dense, strict=True):

@@ -154,6 +154,18 @@ def test_a_single_tiny_number(pair, level):
             assert_same_bits(output, reference.rms_norm(x, w))
 
 
+@pytest.mark.parametrize("heads", [3, 4])
+@pytest.mark.parametrize("dim", [48, 64])
+@pytest.mark.parametrize("pair", PAIRS, ids=names)
+def test_a_tiny_number_in_the_scale_of_one_head(pair, dim, heads, level):
+    x = torch.randn(2, 9, heads, dim).to(pair[0]).transpose(1, 2)
+    for head in range(heads):
+        for tiny in (-1e-30, 1e-38, 1e-39, 0.0):
+            w = torch.randn(heads, 1, dim).to(pair[1])
+            w[head, 0, 5] = tiny
+            assert_same_bits(ops.rms_norm(x, w), reference.rms_norm(x, w))
+
+
 def test_all_16_bit_patterns(level):
     """Loading and rounding are right for every number of the type."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)

@@ -157,6 +157,18 @@ inline bool are_normal(float smallest_input, Quad rstd, int rows, float smallest
   return smallest >= kBound && smallest * smallest_scale >= kBound;
 }
 
+// Calls body(Constant<dim>()) for the usual lengths of attention heads, so that these have kernels
+// of their own, whose loops over a row are unrolled, and body(Constant<0>()) for all others. Where
+// dtypes are mixed it isn't worth the code.
+template <class Input, class Scale, class Body>
+void with_known_dim(int64_t dim, const Body& body) {
+  if constexpr (kSame<Input, Scale> && kSame<Real, float>) {
+    if (dim == 64) return body(Constant<64>());
+    if (dim == 128) return body(Constant<128>());
+  }
+  body(Constant<0>());
+}
+
 // Asks for the cache lines of a Pair of elements, for the first or for the second cache, or to
 // write them.
 enum Cache { kFirstCache = 3, kSecondCache = 2 };  // as __builtin_prefetch counts them
@@ -356,14 +368,16 @@ constexpr int64_t kLongRow = 16384;
 // groups.
 enum class Order { kAsTheyCome, kInTurns, kAcross };
 
-template <bool kStream, bool kAskAhead, Order kOrder, class Input, class Scale, class Args>
+// kDim: of with_known_dim().
+template <
+    bool kStream, bool kAskAhead, Order kOrder, int kDim, class Input, class Scale, class Args>
 void forward_range(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
   constexpr bool kTurns = kOrder != Order::kAsTheyCome;
   constexpr bool kAcross = kOrder == Order::kAcross;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
-  const int64_t dim = shape.dim;
+  const int64_t dim = kDim != 0 ? kDim : shape.dim;
   const int64_t row_bytes = dim * int64_t(sizeof(Input));
   const RowLength length(dim);
   auto cursor = cursor_of(args);
@@ -387,9 +401,12 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   int64_t unit = begin, run_end = begin;
   int64_t turn = kAcross ? shape.groups : 0;
   const Scale* scale = nullptr;
-  float smallest_scale = 0;
+  float smallest_scale = 0;  // of the scale row or, with turns, of the scale
+  if constexpr (kPrefersNormal<Input> && kTurns) {
+    smallest_scale = smallest_of((const Scale*)args.scale, shape.groups * dim);
+  }
   const auto set_scale = [&](Block& block, const Scale* row) {
-    if constexpr (kPrefersNormal<Input>) {
+    if constexpr (kPrefersNormal<Input> && !kTurns) {
       if (row != scale) smallest_scale = smallest_of(row, dim);
     }
     block.scale = scale = row;
@@ -542,22 +559,28 @@ constexpr int64_t kBeyondCaches = int64_t(12) << 20;
 
 template <bool kAskAhead, class Input, class Scale, class Args>
 void forward_in_order(const Args& args, int64_t begin, int64_t end) {
-  if (dim_of_turns(args.shape, args.input_strides) < 0) {
-    return forward_range<false, kAskAhead, Order::kAsTheyCome, Input, Scale>(args, begin, end);
-  }
-  if constexpr (!kSideBySide<false, Input>) {
-    if (args.shape.groups % kBlockRows == 0) {
-      return forward_range<false, kAskAhead, Order::kAcross, Input, Scale>(args, begin, end);
+  const bool in_turns = dim_of_turns(args.shape, args.input_strides) >= 0;
+  with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
+    constexpr int kDim = decltype(known_dim)::value;
+    if (!in_turns) {
+      forward_range<false, kAskAhead, Order::kAsTheyCome, kDim, Input, Scale>(args, begin, end);
+      return;
     }
-  }
-  forward_range<false, kAskAhead, Order::kInTurns, Input, Scale>(args, begin, end);
+    if constexpr (!kSideBySide<false, Input>) {
+      if (args.shape.groups % kBlockRows == 0) {
+        forward_range<false, kAskAhead, Order::kAcross, kDim, Input, Scale>(args, begin, end);
+        return;
+      }
+    }
+    forward_range<false, kAskAhead, Order::kInTurns, kDim, Input, Scale>(args, begin, end);
+  });
 }
 
 template <class Input, class Scale, class Args>
 void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
   if constexpr (kStreams) {
     if (stream) {
-      forward_range<true, false, Order::kAsTheyCome, Input, Scale>(args, begin, end);
+      forward_range<true, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
       stream_end((const Input*)args.output);
       return;
     }
@@ -587,7 +610,7 @@ struct BackwardBlock {
 constexpr int64_t kFewSteps = 4;
 
 // Fills rstd and mean_dot of the first `rows` rows.
-template <bool kGradInput, class Input, class Scale, class Output>
+template <bool kGradInput, bool kAskAhead, class Input, class Scale, class Output>
 COREAI_TORCH_INLINE void backward_statistics(
     const RowLength& length, double eps, const Scale* scale, int rows,
     BackwardBlock<Input, Output>& block) {
@@ -612,7 +635,7 @@ COREAI_TORCH_INLINE void backward_statistics(
           unrolled<kRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
             const Pair x = part.load_from(input[r] + i);
             terms[r] = x * x;
-            prefetch<kSecondCache>(grad_output[r] + ahead + i);
+            if constexpr (kAskAhead) prefetch<kSecondCache>(grad_output[r] + ahead + i);
             if constexpr (kGradInput) {
               terms[kRows + r] = part.load_from(grad_output[r] + i) * w * x;
             }
@@ -643,8 +666,8 @@ COREAI_TORCH_INLINE void backward_statistics(
 // Writes the gradients of a block of kRows rows, or of `rows` rows where that is 0. With kAdds,
 // grad_new_residual is added to grad_input.
 template <
-    int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale,
-    class Output>
+    int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead,
+    class Input, class Scale, class Output>
 inline void backward_rows(
     int64_t dim, const Scale* scale, int rows, const BackwardBlock<Input, Output>& block,
     Real* grad_scale, bool first_of_chunk) {
@@ -674,7 +697,7 @@ inline void backward_rows(
         const Pair term = grad * normalized;
         sum = r == 0 ? term : sum + term;
       }
-      prefetch<kSecondCache>(input[r] + block.input_ahead + i);
+      if constexpr (kAskAhead) prefetch<kSecondCache>(input[r] + block.input_ahead + i);
       if constexpr (kAdds) {
         prefetch<kSecondCache>(block.grad_new_residual[r] + block.grad_new_residual_ahead + i);
       }
@@ -703,16 +726,20 @@ inline void backward_rows(
 // grad_new_residual, which are not read while a block is summed, are always asked for in float32.
 constexpr int64_t kWorthFetching = 1024;
 
-template <bool kGradInput, bool kGradScale, bool kStream, class Input, class Scale, class Args>
+// kAskAhead: where that is worth it. kDim: of with_known_dim().
+template <
+    bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead, int kDim, class Input,
+    class Scale, class Args>
 void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormBackward>;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
+  const int64_t dim = kDim != 0 ? kDim : shape.dim;
   const BackwardPlan plan = backward_plan(shape);
   auto cursor = cursor_of(args);
-  const RowLength length(shape.dim);
+  const RowLength length(dim);
   const bool is_worth_fetching =
-      sizeof(Input) == 2 && shape.dim * int64_t(sizeof(Input)) >= kWorthFetching;
+      sizeof(Input) == 2 && dim * int64_t(sizeof(Input)) >= kWorthFetching;
   const int turns_dim = dim_of_turns(shape, args.input_strides);
   BackwardBlock<Input, Output> block;
   for (int64_t task = begin; task < end;) {
@@ -753,7 +780,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
-      const int ahead = is_worth_fetching || cursor.step(1) != shape.dim ? plan.block_rows : 0;
+      const int ahead = is_worth_fetching || cursor.step(1) != dim ? plan.block_rows : 0;
       block.grad_output_ahead = ahead * cursor.step(0);
       block.input_ahead = ahead * cursor.step(1);
       if constexpr (kAdds) {
@@ -761,14 +788,15 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
             (sizeof(Input) > 2 ? plan.block_rows : ahead) * cursor.step(3);
       }
       for (int64_t group = first;;) {
-        const Scale* scale = (const Scale*)args.scale + group * shape.dim;
+        const Scale* scale = (const Scale*)args.scale + group * dim;
         Real* grad_scale =
-            kGradScale ? (Real*)args.workspace + (group * plan.chunks_per_group + chunk) * shape.dim
+            kGradScale ? (Real*)args.workspace + (group * plan.chunks_per_group + chunk) * dim
                        : nullptr;
-        backward_statistics<kGradInput>(length, shape.eps, scale, rows, block);
+        backward_statistics<kGradInput, kAskAhead>(length, shape.eps, scale, rows, block);
         const auto write = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
-          backward_rows<decltype(count)::value, kAdds, kGradInput, kGradScale, kStream>(
-              shape.dim, scale, rows, block, grad_scale, done == 0);
+          constexpr int kRows = decltype(count)::value;
+          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStream, kAskAhead>(
+              dim, scale, rows, block, grad_scale, done == 0);
         };
         if (rows == kBlockRows) {
           write(Constant<kBlockRows>());
@@ -793,22 +821,33 @@ template <class Input, class Scale, class Args>
 void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
   if constexpr (kSame<Args, RmsNormBackward>) {
     if (args.grad_input == nullptr) {
-      backward_tasks<false, true, false, Input, Scale>(args, begin, end);
+      backward_tasks<false, true, false, true, 0, Input, Scale>(args, begin, end);
       return;
     }
   }
   if (args.grad_scale == nullptr) {
-    backward_tasks<true, false, false, Input, Scale>(args, begin, end);
+    backward_tasks<true, false, false, true, 0, Input, Scale>(args, begin, end);
     return;
   }
   if constexpr (kStreams) {
     if (stream) {
-      backward_tasks<true, true, true, Input, Scale>(args, begin, end);
+      backward_tasks<true, true, true, true, 0, Input, Scale>(args, begin, end);
       stream_end((const Input*)args.grad_input);
       return;
     }
   }
-  backward_tasks<true, true, false, Input, Scale>(args, begin, end);
+  with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
+    constexpr int kDim = decltype(known_dim)::value;
+    if constexpr (kDim != 0 && sizeof(Input) > 2) {
+      const int last = args.shape.row_ndim - 1;
+      const bool are_scattered = last >= 0 && args.input_strides[last] != kDim;
+      if (!are_scattered) {
+        backward_tasks<true, true, false, false, kDim, Input, Scale>(args, begin, end);
+        return;
+      }
+    }
+    backward_tasks<true, true, false, true, kDim, Input, Scale>(args, begin, end);
+  });
 }
 
 // The sum of `count` rows of the workspace, pairwise.

@@ -120,7 +120,7 @@ inline Vector vector_at(const Real* p) {
   return v;
 }
 
-inline void transpose(const Quad* rows, Quad* columns) {
+COREAI_TORCH_INLINE void transpose(const Quad* rows, Quad* columns) {
   const Quad a = interleave_low(rows[0], rows[2]), b = interleave_low(rows[1], rows[3]);
   const Quad c = interleave_high(rows[0], rows[2]), d = interleave_high(rows[1], rows[3]);
   columns[0] = interleave_low(a, b);
@@ -166,7 +166,8 @@ struct InOrder {
   }
 
   // The totals of four rows, with left_count elements of each in `left`.
-  static Quad finish(const Vector* lanes, const Real (*left)[kVectorLanes], int64_t left_count) {
+  COREAI_TORCH_INLINE static Quad finish(
+      const Vector* lanes, const Real (*left)[kVectorLanes], int64_t left_count) {
     Quad total = {};
     for (int64_t i = 0; i < left_count; ++i) {
       total += Quad{left[0][i], left[1][i], left[2][i], left[3][i]};
@@ -178,7 +179,7 @@ struct InOrder {
 
  private:
   template <int part>
-  static void add_columns(const Vector* lanes, Quad& total) {
+  COREAI_TORCH_INLINE static void add_columns(const Vector* lanes, Quad& total) {
     Quad rows[kQuad], columns[kQuad];
     for (int r = 0; r < kQuad; ++r) rows[r] = quarter<part>(lanes[r]);
     transpose(rows, columns);
