@@ -722,8 +722,10 @@ inline void backward_rows(
 
 // Bytes of a 16-bit row from which on the next block of backward is asked for, the gradients while
 // one is summed and the rest while it is written, so that memory is at work while conversions are.
-// Other rows need that only where they are scattered, and ask for what is there; but those of
-// grad_new_residual, which are not read while a block is summed, are always asked for in float32.
+// Other rows need that only where they are scattered, and ask for what is there, which costs
+// little, but for short float32 rows: those of known length are not asked for unless they are
+// scattered. Those of grad_new_residual, which are not read while a block is summed, always are in
+// float32.
 constexpr int64_t kWorthFetching = 1024;
 
 // kAskAhead: where that is worth it. kDim: of with_known_dim().
