@@ -175,6 +175,26 @@ def test_all_16_bit_patterns(level):
         assert_same_bits(ops.rms_norm(x, w, 0.0), reference.rms_norm(x, w, 0.0))
 
 
+def finite_bits(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Any finite number as likely as any other, so that they are of every size."""
+    bits = torch.randint(-(2**15), 2**15, shape, dtype=torch.int32).to(torch.int16)
+    numbers = bits.view(dtype)
+    return torch.where(numbers.isfinite(), numbers, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=names)
+def test_16_bit_numbers_of_every_size(dtype, level):
+    """Products and sums of the type are rounded once, also where processors compute with it."""
+    for dim in (64, 67, 4096):
+        x, r, w = (finite_bits(*shape, dtype=dtype) for shape in ((99, dim), (99, dim), (dim,)))
+        similar = torch.randn(99, dim).to(dtype)
+        for a in (x, similar):
+            assert_same_bits(ops.rms_norm(a, w, 0.0), reference.rms_norm(a, w, 0.0))
+            output, total = ops.add_rms_norm(a, r, w)
+            assert_same_bits(total, a + r)
+            assert_same_bits(output, reference.rms_norm(a + r, w))
+
+
 def test_a_row_does_not_depend_on_the_others():
     x, w = torch.randn(257, 1000, dtype=torch.bfloat16), torch.randn(1000)
     whole = ops.rms_norm(x, w)

@@ -17,8 +17,22 @@ namespace {
 #define COREAI_TORCH_ADDRESS(id, name) &add_rms_norm_kernels_##id,
 constexpr const AddRmsNormKernels* kTables[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
 
-const AddRmsNormKernels& kernels_for(DType input) {
-  return input == DType::kFloat64 ? add_rms_norm_kernels_float64 : *kTables[cpu_level()];
+template <class Find>
+auto kernel_for(const RmsNormShape& shape, const Find& find) {
+  if (shape.input_dtype == DType::kFloat64) return find(add_rms_norm_kernels_float64);
+  return kernel_of(kTables, find);
+}
+
+AddRmsNormForwardKernel forward_kernel(const RmsNormShape& shape) {
+  return kernel_for(shape, [&](const AddRmsNormKernels& kernels) {
+    return kernels.forward[int(shape.input_dtype)][int(shape.scale_dtype)];
+  });
+}
+
+AddRmsNormBackwardKernel backward_kernel(const RmsNormShape& shape) {
+  return kernel_for(shape, [&](const AddRmsNormKernels& kernels) {
+    return kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)];
+  });
 }
 
 }  // namespace
@@ -36,8 +50,7 @@ void add_rms_norm_forward_cpu(const AddRmsNormForward& args, ParallelFor paralle
             row_bytes % kLine == 0);
   }
   const int64_t unit = rows_in_unit(shape, args.input_strides);
-  run(kernels_for(shape.input_dtype).forward[int(shape.input_dtype)][int(shape.scale_dtype)], args,
-      outputs, shape.rows / unit, unit * shape.dim, parallel_for);
+  run(forward_kernel(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);
 }
 
 void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor parallel_for) {
@@ -48,8 +61,8 @@ void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor paral
         args, plan,
         is_contiguous(
             shape, {args.grad_output_strides, args.grad_new_residual_strides, args.input_strides}));
-    run(kernels_for(shape.input_dtype).backward[int(shape.input_dtype)][int(shape.scale_dtype)],
-        args, outputs, plan.tasks, plan.chunk_rows * shape.dim, parallel_for);
+    run(backward_kernel(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,
+        parallel_for);
   }
   sum_grad_scale_cpu(args, parallel_for);
 }

@@ -14,6 +14,11 @@ namespace coreai_torch {
 
 extern const AddRmsNormKernels COREAI_TORCH_TABLE;
 const AddRmsNormKernels COREAI_TORCH_TABLE = {
+#if defined(__AVX512FP16__)
+    // What differs from the level below.
+    {{}, {nullptr, forward<Float16, Float16>}},
+    {},
+#else
     // In the order of DType: float32, float16, bfloat16, float64.
     {
         {forward<float, float>, nullptr, nullptr, nullptr},
@@ -27,6 +32,7 @@ const AddRmsNormKernels COREAI_TORCH_TABLE = {
         {backward<BFloat16, float>, nullptr, backward<BFloat16, BFloat16>, nullptr},
         {},
     },
+#endif
 };
 
 }  // namespace coreai_torch

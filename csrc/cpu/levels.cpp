@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace coreai_torch {
 namespace {
 
@@ -28,6 +32,13 @@ bool is_v4() {
 bool is_v3() { return __builtin_cpu_supports("x86-64-v3"); }
 bool is_v4() { return __builtin_cpu_supports("x86-64-v4"); }
 #endif
+bool is_v4_bf16() { return is_v4() && __builtin_cpu_supports("avx512bf16"); }
+// Of bit 23 of EDX of leaf 7 not every compiler has a name (Intel, Architecture Instruction Set
+// Extensions Programming Reference, 319433).
+bool is_v4_fp16() {
+  unsigned eax, ebx, ecx, edx;
+  return is_v4_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 23 & 1) != 0;
+}
 #endif
 
 int find_level(const char* name) {
@@ -85,7 +96,9 @@ bool cpu_level_supported(int level) {
     case 2:
       return is_v4();
     case 3:
-      return is_v4() && __builtin_cpu_supports("avx512bf16");
+      return is_v4_bf16();
+    case 4:
+      return is_v4_fp16();
   }
 #endif
   return level == 0;

@@ -17,8 +17,22 @@ namespace {
 #define COREAI_TORCH_ADDRESS(id, name) &rms_norm_kernels_##id,
 constexpr const RmsNormKernels* kTables[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
 
-const RmsNormKernels& kernels_for(DType input) {
-  return input == DType::kFloat64 ? rms_norm_kernels_float64 : *kTables[cpu_level()];
+template <class Find>
+auto kernel_for(const RmsNormShape& shape, const Find& find) {
+  if (shape.input_dtype == DType::kFloat64) return find(rms_norm_kernels_float64);
+  return kernel_of(kTables, find);
+}
+
+RmsNormForwardKernel forward_kernel(const RmsNormShape& shape) {
+  return kernel_for(shape, [&](const RmsNormKernels& kernels) {
+    return kernels.forward[int(shape.input_dtype)][int(shape.scale_dtype)];
+  });
+}
+
+RmsNormBackwardKernel backward_kernel(const RmsNormShape& shape) {
+  return kernel_for(shape, [&](const RmsNormKernels& kernels) {
+    return kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)];
+  });
 }
 
 // The sum over no rows. Zero has the same bytes in every dtype.
@@ -46,8 +60,7 @@ void rms_norm_forward_cpu(const RmsNormForward& args, ParallelFor parallel_for) 
         is_contiguous(shape, {args.input_strides}) && row_bytes % kLine == 0);
   }
   const int64_t unit = rows_in_unit(shape, args.input_strides);
-  run(kernels_for(shape.input_dtype).forward[int(shape.input_dtype)][int(shape.scale_dtype)], args,
-      outputs, shape.rows / unit, unit * shape.dim, parallel_for);
+  run(forward_kernel(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);
 }
 
 int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
@@ -62,9 +75,8 @@ void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for
     const BackwardPlan plan = backward_plan(shape);
     const Outputs outputs = backward_outputs(
         args, plan, is_contiguous(shape, {args.grad_output_strides, args.input_strides}));
-    const RmsNormKernels& kernels = kernels_for(shape.input_dtype);
-    run(kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)], args, outputs, plan.tasks,
-        plan.chunk_rows * shape.dim, parallel_for);
+    run(backward_kernel(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,
+        parallel_for);
   }
   sum_grad_scale_cpu(args, parallel_for);
 }
@@ -78,9 +90,10 @@ void sum_grad_scale_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
   }
   const int64_t blocks_per_group = (shape.dim + kReduceColumns - 1) / kReduceColumns;
   const int64_t columns = shape.dim < kReduceColumns ? shape.dim : kReduceColumns;
-  run(kernels_for(shape.input_dtype).reduce[int(shape.scale_dtype)], args, Outputs(),
-      shape.groups * blocks_per_group, columns * backward_plan(shape).chunks_per_group,
-      parallel_for);
+  const auto reduce = kernel_for(
+      shape, [&](const RmsNormKernels& kernels) { return kernels.reduce[int(shape.scale_dtype)]; });
+  run(reduce, args, Outputs(), shape.groups * blocks_per_group,
+      columns * backward_plan(shape).chunks_per_group, parallel_for);
 }
 
 }  // namespace coreai_torch

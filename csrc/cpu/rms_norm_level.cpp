@@ -12,6 +12,12 @@ namespace coreai_torch {
 
 extern const RmsNormKernels COREAI_TORCH_TABLE;
 const RmsNormKernels COREAI_TORCH_TABLE = {
+#if defined(__AVX512FP16__)
+    // What differs from the level below.
+    {{}, {nullptr, forward<Float16, Float16>}},
+    {},
+    {},
+#else
     // In the order of DType: float32, float16, bfloat16, float64.
     {
         {forward<float, float>, forward<float, Float16>, forward<float, BFloat16>, nullptr},
@@ -29,6 +35,7 @@ const RmsNormKernels COREAI_TORCH_TABLE = {
         {},
     },
     {reduce<float>, reduce<Float16>, reduce<BFloat16>, nullptr},
+#endif
 };
 
 }  // namespace coreai_torch

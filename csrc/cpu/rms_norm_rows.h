@@ -97,6 +97,11 @@ inline Pair rounded_to(Pair v) {
   }
 }
 
+template <class T>
+inline Pair rounded_to(Native v) {
+  return v.widened();
+}
+
 inline RowCursor<2> cursor_of(const RmsNormForward& args) {
   return {args.shape, {args.input_strides, args.output_strides}};
 }
@@ -221,8 +226,12 @@ struct SummedRows {
   int64_t input_step, residual_step;
 
   template <class Part>
-  Pair sum(Part part, int r, int64_t i) const {
-    return part.load_from(input[r] + i) + part.load_from(residual[r] + i);
+  auto sum(Part part, int r, int64_t i) const {
+    if constexpr (kIsNative<Input>) {
+      return part.load_native_from(input[r] + i) + part.load_native_from(residual[r] + i);
+    } else {
+      return part.load_from(input[r] + i) + part.load_from(residual[r] + i);
+    }
   }
   template <class Part>
   Pair first(Part part, int r, int64_t i) const {
@@ -315,6 +324,16 @@ COREAI_TORCH_INLINE Quad forward_rstd(
   return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
 
+// Elements of the scale, as what the normalized input, rounded or not, is multiplied by.
+template <class Input, class Scale, class Part>
+COREAI_TORCH_INLINE auto factors(Part part, const Scale* scale) {
+  if constexpr (kIsNative<Input> && kSame<Input, Scale>) {
+    return part.load_native_from(scale);
+  } else {
+    return part.load_from(scale);
+  }
+}
+
 // Writes rows [first, first + kRows). The next ones are asked for where rows are side by side, and
 // with kAskAhead; then so is the place of those that are written next. Values is Pair, or Normal
 // where that is known of what is rounded.
@@ -325,6 +344,8 @@ COREAI_TORCH_INLINE void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, int64_t scale_step, Quad rstds,
     Output* const* output, int64_t output_step) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
+  constexpr bool kNative = kIsNative<Input> && kSame<Input, Scale>;
+  using Product = typename Conditional<kNative, Native, Values>::type;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
   const int64_t output_ahead = kGroup * output_step;
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
@@ -334,8 +355,8 @@ COREAI_TORCH_INLINE void forward_rows(
     unrolled<kGroup>([&](auto r)
                          COREAI_TORCH_INLINE_LAMBDA { rstd[r] = splat(rstds[kBegin + r]); });
     for_each_pair<Part>(0, dim, [&](auto part, int64_t i) COREAI_TORCH_INLINE_LAMBDA {
-      const Pair w = part.load_from(group_scale + i);
-      Pair result[kGroup];
+      const auto w = factors<Input>(part, group_scale + i);
+      Product result[kGroup];
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
         const int row = first + kBegin + r;
         if constexpr (kSpreads<kRows, Input>) {
@@ -346,14 +367,17 @@ COREAI_TORCH_INLINE void forward_rows(
           }
           if constexpr (kAskAhead) prefetch_to_write(output[row] + output_ahead + i);
         }
-        Pair normalized = rows.again(part, row, i) * rstd[r];
-        if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
-          normalized = round_to<Input>(Values{normalized});
+        const Pair normalized = rows.again(part, row, i) * rstd[r];
+        if constexpr (kNative) {
+          result[r] = Native::rounded(normalized) * w;
+        } else if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
+          result[r] = {round_to<Input>(Values{normalized}) * w};
+        } else {
+          result[r] = {normalized * w};
         }
-        result[r] = normalized * w;
       });
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
-        part.store_to(output[first + kBegin + r] + i, Values{result[r]});
+        part.store_to(output[first + kBegin + r] + i, result[r]);
       });
     });
   });

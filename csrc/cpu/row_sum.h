@@ -60,6 +60,10 @@ struct Whole {
   Pair load_from(const T* p) const {
     return load(p);
   }
+  template <class T>
+  auto load_native_from(const T* p) const {
+    return load_native(p);
+  }
   template <class T, class Values>
   void store_to(T* p, Values v) const {
     store(p, v);
@@ -81,6 +85,10 @@ struct First {
   template <class T>
   Pair load_from(const T* p) const {
     return load_first(p, count);
+  }
+  template <class T>
+  auto load_native_from(const T* p) const {
+    return load_native_first(p, count);
   }
   template <class T, class Values>
   void store_to(T* p, Values v) const {

@@ -3,6 +3,7 @@
 
 #include <initializer_list>
 
+#include "coreai_torch/cpu_level.h"
 #include "coreai_torch/rms_norm.h"
 #include "cpu/output_memory.h"
 #include "cpu/rms_norm_plan.h"
@@ -34,6 +35,14 @@ inline Outputs backward_outputs(
   return {
       {{args.grad_input, shape.rows * row_bytes, task_bytes}},
       operands_are_contiguous && row_bytes % kLine == 0};
+}
+
+// What find(table) gives for the level in use or, where that table has none, the next one below.
+template <class Table, class Find>
+auto kernel_of(const Table* const* levels, const Find& find) {
+  int level = cpu_level();
+  while (level > 0 && find(*levels[level]) == nullptr) --level;
+  return find(*levels[level]);
 }
 
 template <class Kernel, class Args>

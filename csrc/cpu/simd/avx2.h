@@ -116,4 +116,5 @@ inline Pair round_to<BFloat16>(Pair v) {
 }  // namespace coreai_torch
 
 #include "cpu/simd/first.h"
+#include "cpu/simd/native.h"
 #include "cpu/simd/normal.h"

@@ -1,5 +1,5 @@
-// SIMD for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL), with AVX512-BF16 conversions where the level has
-// them. See simd.h for what a level provides.
+// SIMD for x86-64-v4 (AVX-512 F, BW, CD, DQ, VL), with AVX512-BF16 conversions and AVX512-FP16
+// arithmetic where the level has them. See simd.h for what a level provides.
 #pragma once
 
 #include <immintrin.h>
@@ -253,9 +253,63 @@ class Smallest {
 
 #endif
 
+#if defined(__AVX512FP16__)
+
+template <class T>
+constexpr bool kIsNative = false;
+template <>
+constexpr bool kIsNative<Float16> = true;
+
+struct Native {
+  static Native rounded(Pair v) {
+    return {
+        _mm256_castsi256_ph(_mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
+        _mm256_castsi256_ph(_mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
+  }
+  Pair widened() const {
+    return {_mm512_cvtph_ps(_mm256_castph_si256(lo)), _mm512_cvtph_ps(_mm256_castph_si256(hi))};
+  }
+
+  __m256h lo, hi;
+};
+
+inline Native operator+(Native a, Native b) {
+  return {_mm256_add_ph(a.lo, b.lo), _mm256_add_ph(a.hi, b.hi)};
+}
+inline Native operator*(Native a, Native b) {
+  return {_mm256_mul_ph(a.lo, b.lo), _mm256_mul_ph(a.hi, b.hi)};
+}
+
+inline __m512i bits_of(Native v) {
+  return _mm512_inserti64x4(
+      _mm512_castsi256_si512(_mm256_castph_si256(v.lo)), _mm256_castph_si256(v.hi), 1);
+}
+inline Native load_native(const Float16* p) {
+  return {_mm256_castsi256_ph(load_256(p)), _mm256_castsi256_ph(load_256(p + 16))};
+}
+inline Native load_native_first(const Float16* p, int64_t count) {
+  const __m512i bits = _mm512_maskz_loadu_epi16(first_lanes(count), p);
+  return {
+      _mm256_castsi256_ph(_mm512_castsi512_si256(bits)),
+      _mm256_castsi256_ph(_mm512_extracti64x4_epi64(bits, 1))};
+}
+inline void store(Float16* p, Native v) {
+  _mm256_storeu_si256((__m256i*)p, _mm256_castph_si256(v.lo));
+  _mm256_storeu_si256((__m256i*)(p + 16), _mm256_castph_si256(v.hi));
+}
+inline void store_first(Float16* p, Native v, int64_t count) {
+  _mm512_mask_storeu_epi16(p, first_lanes(count), bits_of(v));
+}
+inline void stream(Float16* p, Native v) { _mm512_stream_si512((__m512i*)p, bits_of(v)); }
+
+#endif
+
 }  // namespace
 }  // namespace coreai_torch
 
 #if !defined(__AVX512BF16__)
 #include "cpu/simd/normal.h"
+#endif
+#if !defined(__AVX512FP16__)
+#include "cpu/simd/native.h"
 #endif

@@ -62,4 +62,5 @@ inline Pair round_to(Pair v) {
 }  // namespace coreai_torch
 
 #include "cpu/simd/first.h"
+#include "cpu/simd/native.h"
 #include "cpu/simd/normal.h"
