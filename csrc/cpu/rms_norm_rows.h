@@ -744,13 +744,19 @@ inline void backward_rows(
   });
 }
 
-// Bytes of a 16-bit row from which on the next block of backward is asked for, the gradients while
-// one is summed and the rest while it is written, so that memory is at work while conversions are.
+// Is the next block of backward asked for, the gradients while one is summed and the rest while it
+// is written, so that memory is at work while conversions are? In 16 bits, where rows have 1 KiB.
+// In float32, where rows are streamed, neither so short that prefetchers do it as well, nor so long
+// that two blocks do not stay in the caches.
 // Other rows need that only where they are scattered, and ask for what is there, which costs
 // little, but for short float32 rows: those of known length are not asked for unless they are
 // scattered. Those of grad_new_residual, which are not read while a block is summed, always are in
 // float32.
-constexpr int64_t kWorthFetching = 1024;
+template <bool kStream, class Input>
+inline bool is_worth_fetching(int64_t row_bytes) {
+  if (sizeof(Input) == 2) return row_bytes >= 1024;
+  return kStream && row_bytes >= 4096 && row_bytes <= 65536;
+}
 
 // kAskAhead: where that is worth it. kDim: of with_known_dim().
 template <
@@ -764,8 +770,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const BackwardPlan plan = backward_plan(shape);
   auto cursor = cursor_of(args);
   const RowLength length(dim);
-  const bool is_worth_fetching =
-      sizeof(Input) == 2 && dim * int64_t(sizeof(Input)) >= kWorthFetching;
+  const bool fetches = is_worth_fetching<kStream, Input>(dim * int64_t(sizeof(Input)));
   const int turns_dim = dim_of_turns(shape, args.input_strides);
   BackwardBlock<Input, Output> block;
   for (int64_t task = begin; task < end;) {
@@ -806,7 +811,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
-      const int ahead = is_worth_fetching || cursor.step(1) != dim ? plan.block_rows : 0;
+      const int ahead = fetches || cursor.step(1) != dim ? plan.block_rows : 0;
       block.grad_output_ahead = ahead * cursor.step(0);
       block.input_ahead = ahead * cursor.step(1);
       if constexpr (kAdds) {
