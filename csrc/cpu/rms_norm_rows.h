@@ -387,6 +387,19 @@ COREAI_TORCH_INLINE void forward_rows(
 // are streamed: four would not stay in the caches until they are written.
 constexpr int64_t kLongRow = 16384;
 
+// Rows are asked for as long as they stay in the second cache until they are needed, beside those
+// of the current block: up to so many bytes.
+template <bool kStream>
+constexpr int64_t kMostAhead = int64_t(kStream ? 512 : 256) << 10;
+
+// Does forward ask for rows ahead? In 16 bits, that is two blocks.
+template <bool kStream, class Input, class Args>
+inline bool asks_ahead(const Args& args) {
+  constexpr int kOperands = kSame<Args, AddRmsNormForward> ? 2 : 1;
+  constexpr int kRows = kBlockRows * (sizeof(Input) == 2 ? 2 : 1);
+  return kOperands * kRows * args.shape.dim * int64_t(sizeof(Input)) <= kMostAhead<kStream>;
+}
+
 // In which order rows are taken. Where groups take turns they do so block by block, or, where a
 // block need not share a scale row, since its rows go one by one, row by row: a block goes across
 // groups.
@@ -403,6 +416,7 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const RmsNormShape& shape = args.shape;
   const int64_t dim = kDim != 0 ? kDim : shape.dim;
   const int64_t row_bytes = dim * int64_t(sizeof(Input));
+  const bool asks = asks_ahead<kStream, Input>(args);
   const RowLength length(dim);
   auto cursor = cursor_of(args);
 
@@ -454,9 +468,9 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     block.count = int(run_end - unit < most_rows ? run_end - unit : most_rows);
     unit += block.count;
     set_scale(block, run_scale);
-    block.rows.input_step = cursor.step(0);
+    block.rows.input_step = asks ? cursor.step(0) : 0;
     block.output_step = cursor.step(1);
-    if constexpr (kAdds) block.rows.residual_step = cursor.step(2);
+    if constexpr (kAdds) block.rows.residual_step = asks ? cursor.step(2) : 0;
     const auto take = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
       for (int r = 0; r < count; ++r, cursor.next()) {
         block.rows.input[r] = (const Input*)args.input + cursor.offset(0);
@@ -609,7 +623,8 @@ void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
       return;
     }
     constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
-    if (kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input)) >= kBeyondCaches) {
+    const int64_t bytes = kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input));
+    if (bytes >= kBeyondCaches && asks_ahead<false, Input>(args)) {
       return forward_in_order<true, Input, Scale>(args, begin, end);
     }
   }
@@ -746,16 +761,16 @@ inline void backward_rows(
 
 // Is the next block of backward asked for, the gradients while one is summed and the rest while it
 // is written, so that memory is at work while conversions are? In 16 bits, where rows have 1 KiB.
-// In float32, where rows are streamed, neither so short that prefetchers do it as well, nor so long
-// that two blocks do not stay in the caches.
+// In float32, where they are streamed and have 4 KiB; prefetchers do as well with shorter ones.
 // Other rows need that only where they are scattered, and ask for what is there, which costs
 // little, but for short float32 rows: those of known length are not asked for unless they are
 // scattered. Those of grad_new_residual, which are not read while a block is summed, always are in
 // float32.
 template <bool kStream, class Input>
 inline bool is_worth_fetching(int64_t row_bytes) {
-  if (sizeof(Input) == 2) return row_bytes >= 1024;
-  return kStream && row_bytes >= 4096 && row_bytes <= 65536;
+  constexpr int kRows = sizeof(Input) == 2 ? kBlockRows : kFewBlockRows;
+  if (2 * kRows * row_bytes > kMostAhead<kStream>) return false;
+  return sizeof(Input) == 2 ? row_bytes >= 1024 : kStream && row_bytes >= 4096;
 }
 
 // kAskAhead: where that is worth it. kDim: of with_known_dim().
