@@ -379,7 +379,11 @@ def test_results_and_readme_are_generated():
     result = report.load(report.RESULTS / "cpu.json")
     command = "run python -m benchmarks.report"
     committed = (report.RESULTS / "RESULTS.md").read_text(encoding="utf-8")
-    assert committed == report.report(result, "bandwidth.svg"), command
+    others = report.other_machines(report.ELSEWHERE)
+    assert committed == report.report(result, "bandwidth.svg", others), command
+    for path in report.ELSEWHERE.glob("*.json"):
+        of_other = path.with_suffix(".md").read_text(encoding="utf-8")
+        assert of_other == report.report(report.load(path)), command
     readme = report.README.read_text(encoding="utf-8")
     block = report.readme_block(result, "benchmarks/results/speedup.svg")
     assert readme == report.with_block(readme, block), command
