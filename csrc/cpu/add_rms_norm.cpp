@@ -15,25 +15,9 @@ extern const AddRmsNormKernels add_rms_norm_kernels_float64;
 namespace {
 
 #define COREAI_TORCH_ADDRESS(id, name) &add_rms_norm_kernels_##id,
-constexpr const AddRmsNormKernels* kTables[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
+constexpr const AddRmsNormKernels* kLevels[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
 
-template <class Find>
-auto kernel_for(const RmsNormShape& shape, const Find& find) {
-  if (shape.input_dtype == DType::kFloat64) return find(add_rms_norm_kernels_float64);
-  return kernel_of(kTables, find);
-}
-
-AddRmsNormForwardKernel forward_kernel(const RmsNormShape& shape) {
-  return kernel_for(shape, [&](const AddRmsNormKernels& kernels) {
-    return kernels.forward[int(shape.input_dtype)][int(shape.scale_dtype)];
-  });
-}
-
-AddRmsNormBackwardKernel backward_kernel(const RmsNormShape& shape) {
-  return kernel_for(shape, [&](const AddRmsNormKernels& kernels) {
-    return kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)];
-  });
-}
+constexpr Tables<AddRmsNormKernels> kTables(kLevels, add_rms_norm_kernels_float64);
 
 }  // namespace
 
@@ -50,7 +34,7 @@ void add_rms_norm_forward_cpu(const AddRmsNormForward& args, ParallelFor paralle
             row_bytes % kLine == 0);
   }
   const int64_t unit = rows_in_unit(shape, args.input_strides);
-  run(forward_kernel(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);
+  run(kTables.forward(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);
 }
 
 void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor parallel_for) {
@@ -61,7 +45,7 @@ void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor paral
         args, plan,
         is_contiguous(
             shape, {args.grad_output_strides, args.grad_new_residual_strides, args.input_strides}));
-    run(backward_kernel(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,
+    run(kTables.backward(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,
         parallel_for);
   }
   sum_grad_scale_cpu(args, parallel_for);

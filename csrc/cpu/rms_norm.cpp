@@ -15,25 +15,9 @@ extern const RmsNormKernels rms_norm_kernels_float64;
 namespace {
 
 #define COREAI_TORCH_ADDRESS(id, name) &rms_norm_kernels_##id,
-constexpr const RmsNormKernels* kTables[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
+constexpr const RmsNormKernels* kLevels[] = {COREAI_TORCH_CPU_LEVELS(COREAI_TORCH_ADDRESS)};
 
-template <class Find>
-auto kernel_for(const RmsNormShape& shape, const Find& find) {
-  if (shape.input_dtype == DType::kFloat64) return find(rms_norm_kernels_float64);
-  return kernel_of(kTables, find);
-}
-
-RmsNormForwardKernel forward_kernel(const RmsNormShape& shape) {
-  return kernel_for(shape, [&](const RmsNormKernels& kernels) {
-    return kernels.forward[int(shape.input_dtype)][int(shape.scale_dtype)];
-  });
-}
-
-RmsNormBackwardKernel backward_kernel(const RmsNormShape& shape) {
-  return kernel_for(shape, [&](const RmsNormKernels& kernels) {
-    return kernels.backward[int(shape.input_dtype)][int(shape.scale_dtype)];
-  });
-}
+constexpr Tables<RmsNormKernels> kTables(kLevels, rms_norm_kernels_float64);
 
 // The sum over no rows. Zero has the same bytes in every dtype.
 void set_to_zero(void* grad_scale, const RmsNormShape& shape) {
@@ -60,7 +44,7 @@ void rms_norm_forward_cpu(const RmsNormForward& args, ParallelFor parallel_for) 
         is_contiguous(shape, {args.input_strides}) && row_bytes % kLine == 0);
   }
   const int64_t unit = rows_in_unit(shape, args.input_strides);
-  run(forward_kernel(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);
+  run(kTables.forward(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);
 }
 
 int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
@@ -75,7 +59,7 @@ void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for
     const BackwardPlan plan = backward_plan(shape);
     const Outputs outputs = backward_outputs(
         args, plan, is_contiguous(shape, {args.grad_output_strides, args.input_strides}));
-    run(backward_kernel(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,
+    run(kTables.backward(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,
         parallel_for);
   }
   sum_grad_scale_cpu(args, parallel_for);
@@ -90,9 +74,7 @@ void sum_grad_scale_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {
   }
   const int64_t blocks_per_group = (shape.dim + kReduceColumns - 1) / kReduceColumns;
   const int64_t columns = shape.dim < kReduceColumns ? shape.dim : kReduceColumns;
-  const auto reduce = kernel_for(
-      shape, [&](const RmsNormKernels& kernels) { return kernels.reduce[int(shape.scale_dtype)]; });
-  run(reduce, args, Outputs(), shape.groups * blocks_per_group,
+  run(kTables.reduce(shape), args, Outputs(), shape.groups * blocks_per_group,
       columns * backward_plan(shape).chunks_per_group, parallel_for);
 }
 

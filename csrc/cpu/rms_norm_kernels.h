@@ -22,7 +22,7 @@ constexpr int kDTypes = 4;               // values of DType
 constexpr int64_t kReduceColumns = 512;  // columns in a column block
 
 // Indexed by input dtype and scale dtype; null where another table has the pair: that of float64,
-// or that of the level below, where the level has nothing better. See kernel_of() in run.h.
+// or that of the level below, where the level has nothing better. See Tables in run.h.
 struct RmsNormKernels {
   RmsNormForwardKernel forward[kDTypes][kDTypes];
   RmsNormBackwardKernel backward[kDTypes][kDTypes];

@@ -37,13 +37,45 @@ inline Outputs backward_outputs(
       operands_are_contiguous && row_bytes % kLine == 0};
 }
 
-// What find(table) gives for the level in use or, where that table has none, the next one below.
-template <class Table, class Find>
-auto kernel_of(const Table* const* levels, const Find& find) {
-  int level = cpu_level();
-  while (level > 0 && find(*levels[level]) == nullptr) --level;
-  return find(*levels[level]);
-}
+// An op's tables of kernels: those of the levels, lowest first, and that of float64.
+template <class Table>
+class Tables {
+ public:
+  template <int kCount>
+  constexpr Tables(const Table* const (&levels)[kCount], const Table& float64)
+      : levels_(levels), count_(kCount), float64_(float64) {}
+
+  auto forward(const RmsNormShape& shape) const {
+    return find(shape, [&](const Table& table) {
+      return table.forward[int(shape.input_dtype)][int(shape.scale_dtype)];
+    });
+  }
+  auto backward(const RmsNormShape& shape) const {
+    return find(shape, [&](const Table& table) {
+      return table.backward[int(shape.input_dtype)][int(shape.scale_dtype)];
+    });
+  }
+  auto reduce(const RmsNormShape& shape) const {
+    return find(shape, [&](const Table& table) { return table.reduce[int(shape.scale_dtype)]; });
+  }
+
+ private:
+  // Of the level in use or, where its table has none, of the next one below that has.
+  template <class KernelOf>
+  auto find(const RmsNormShape& shape, const KernelOf& kernel_of) const {
+    if (shape.input_dtype == DType::kFloat64) return kernel_of(float64_);
+    const int current = cpu_level();
+    auto kernel = kernel_of(*levels_[0]);
+    for (int level = 1; level < count_ && level <= current; ++level) {
+      if (auto of_level = kernel_of(*levels_[level])) kernel = of_level;
+    }
+    return kernel;
+  }
+
+  const Table* const* levels_;
+  int count_;
+  const Table& float64_;
+};
 
 template <class Kernel, class Args>
 void run(
