@@ -186,7 +186,8 @@ def readme_block(result: Record, picture: str | None) -> str:
         wrapped(
             "`make bench` measures on yours. All shapes and directions are in "
             "[the results](benchmarks/results/RESULTS.md), which begin with where ours is *not* "
-            f"the fastest: here in {lost or 'none'} of the {cases} cases, and in others elsewhere."
+            f"the fastest, in time (here, in {run['mode']} mode, in {lost or 'none'} of the "
+            f"{cases} cases) or memory, and count the same on other machines."
         )
     ]
     return "\n".join(lines)
