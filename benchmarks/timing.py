@@ -149,4 +149,6 @@ def summary(samples: list[float], moved: int | None = None) -> dict[str, float]:
         "q1_us": round(low * 1e6, 3),
         "q3_us": round(high * 1e6, 3),
     }
-    return result if moved is None else result | {"gb_per_s": round(moved / middle / 1e9, 3)}
+    if moved is not None:
+        result["gb_per_s"] = float(f"{moved / middle / 1e9:.4g}")
+    return result

@@ -324,10 +324,14 @@ COREAI_TORCH_INLINE Quad forward_rstd(
   return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
 
+// Is what is rounded to the input's dtype multiplied by the scale in that dtype?
+template <class Input, class Scale>
+constexpr bool kNativeProduct = kIsNative<Input> && kSame<Input, Scale>;
+
 // Elements of the scale, as what the normalized input, rounded or not, is multiplied by.
 template <class Input, class Scale, class Part>
 COREAI_TORCH_INLINE auto factors(Part part, const Scale* scale) {
-  if constexpr (kIsNative<Input> && kSame<Input, Scale>) {
+  if constexpr (kNativeProduct<Input, Scale>) {
     return part.load_native_from(scale);
   } else {
     return part.load_from(scale);
@@ -344,8 +348,7 @@ COREAI_TORCH_INLINE void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, int64_t scale_step, Quad rstds,
     Output* const* output, int64_t output_step) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
-  constexpr bool kNative = kIsNative<Input> && kSame<Input, Scale>;
-  using Product = typename Conditional<kNative, Native, Values>::type;
+  using Product = typename Conditional<kNativeProduct<Input, Scale>, Native, Values>::type;
   using Part = typename Conditional<kStream, Streamed, Whole>::type;
   const int64_t output_ahead = kGroup * output_step;
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
@@ -368,7 +371,7 @@ COREAI_TORCH_INLINE void forward_rows(
           if constexpr (kAskAhead) prefetch_to_write(output[row] + output_ahead + i);
         }
         const Pair normalized = rows.again(part, row, i) * rstd[r];
-        if constexpr (kNative) {
+        if constexpr (kNativeProduct<Input, Scale>) {
           result[r] = Native::rounded(normalized) * w;
         } else if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
           result[r] = {round_to<Input>(Values{normalized}) * w};
