@@ -39,9 +39,11 @@ constexpr int kBlockRows = 4;
 // are not of 16 bits.
 constexpr int kFewBlockRows = 2;
 constexpr int64_t kFewFromElements = 256;
-constexpr int64_t kMaxChunkBlocks = 16;       // keeps sums short, and the workspace below 4 %
-constexpr int64_t kMinChunkElements = 32768;  // worth a task of its own
-constexpr int64_t kChunksForThreads = 64;     // enough for every thread to get some
+constexpr int64_t kMaxChunkBlocks = 16;         // keeps sums short
+constexpr int64_t kMinChunkElements = 32768;    // worth a task of its own
+constexpr int64_t kGoodChunkElements = 262144;  // some 50 us, which more threads would hardly shorten
+constexpr int64_t kGoodChunks = 16;             // enough for every thread of most machines
+constexpr int64_t kManyChunks = 64;             // of all
 
 inline BackwardPlan backward_plan(const RmsNormShape& shape) {
   BackwardPlan plan;
@@ -49,10 +51,12 @@ inline BackwardPlan backward_plan(const RmsNormShape& shape) {
   const bool is_16_bit =
       shape.input_dtype == DType::kFloat16 || shape.input_dtype == DType::kBFloat16;
   plan.block_rows = !is_16_bit && shape.dim >= kFewFromElements ? kFewBlockRows : kBlockRows;
-  int64_t rows = kMinChunkElements / shape.dim;
-  if (rows < plan.rows_per_group / kChunksForThreads) {
-    rows = plan.rows_per_group / kChunksForThreads;
-  }
+  // A row of the workspace is written and read for every chunk, mostly by different threads, so
+  // chunks have many rows where that leaves enough of them.
+  int64_t rows = kGoodChunkElements / shape.dim;
+  if (rows > plan.rows_per_group / kGoodChunks) rows = plan.rows_per_group / kGoodChunks;
+  if (rows < plan.rows_per_group / kManyChunks) rows = plan.rows_per_group / kManyChunks;
+  if (rows < kMinChunkElements / shape.dim) rows = kMinChunkElements / shape.dim;
   const int64_t most_rows = kMaxChunkBlocks * plan.block_rows;
   if (rows > most_rows) rows = most_rows;
   plan.chunk_rows = (rows / kBlockRows + (rows % kBlockRows != 0)) * kBlockRows;
