@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,8 +30,9 @@ ROWS = 64
 
 
 def build(folder: Path) -> Path:
-    """The program that runs the kernels."""
+    """The program that runs the kernels. CMAKE_ARGS counts, as it does for setup.py."""
     options = ["-DCOREAI_TORCH_BENCHMARKS=ON", "-DCOREAI_TORCH_TESTS=OFF"]
+    options += shlex.split(os.environ.get("CMAKE_ARGS", ""))
     ninja = shutil.which("ninja", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if ninja:
         options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

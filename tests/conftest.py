@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,9 +35,12 @@ def pytest_sessionstart() -> None:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """An sdist and a wheel of this checkout."""
-    return build(tmp_path_factory.mktemp("built"))
+def built() -> Iterator[Build]:
+    """An sdist and a wheel of this checkout. Within it, where ccache may have their objects."""
+    root = Path(__file__).parents[1] / "build"
+    root.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tests-", dir=root) as folder:
+        yield build(Path(folder))
 
 
 @pytest.fixture(autouse=True)
