@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from environments import Build, build
+from environments import ROOT, Build, build
 
 import coreai_torch
 
@@ -37,9 +37,9 @@ def pytest_sessionstart() -> None:
 @pytest.fixture(scope="session")
 def built() -> Iterator[Build]:
     """An sdist and a wheel of this checkout. Within it, where ccache may have their objects."""
-    root = Path(__file__).parents[1] / "build"
-    root.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="tests-", dir=root) as folder:
+    parent = ROOT / "build"
+    parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tests-", dir=parent) as folder:
         yield build(Path(folder))
 
 

@@ -41,7 +41,7 @@ constexpr int kFewBlockRows = 2;
 constexpr int64_t kFewFromElements = 256;
 constexpr int64_t kMaxChunkBlocks = 16;         // keeps sums short
 constexpr int64_t kMinChunkElements = 32768;    // worth a task of its own
-constexpr int64_t kGoodChunkElements = 262144;  // take 50 us; few would miss more threads for that
+constexpr int64_t kGoodChunkElements = 262144;  // some 50 us, all that smaller ones could save
 constexpr int64_t kGoodChunks = 16;             // enough for the threads of most machines
 constexpr int64_t kManyChunks = 64;             // enough for those of nearly all
 
