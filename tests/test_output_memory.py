@@ -60,14 +60,40 @@ for dtype, rows in ((torch.float32, 1700), (torch.bfloat16, 3400), (torch.float1
                 del output, new_residual, whole
 """
 
+# Rows of all lengths that have their own way to be streamed, each head with its own scale.
+LENGTHS_PROGRAM = """
+import torch
+from coreai_torch import ops
+from coreai_torch.backends import cpu
+
+PART = 800_000  # elements
+ELEMENTS = {torch.float32: 7 << 20, torch.bfloat16: 13 << 20, torch.float16: 13 << 20}
+for dtype, elements in ELEMENTS.items():
+    for dim in (64, 528, 1024, 5120, 8208, 8224):
+        x = torch.randn(3, elements // 3 // dim + 1, dim).to(dtype)
+        w = torch.randn(3, 1, dim).to(dtype)
+        x[:, ::97, 3] = 1e-38
+        for level in cpu.supported_levels():
+            with cpu.level(level):
+                heads = [
+                    torch.cat([ops.rms_norm(part, scale) for part in head.split(PART // dim)])
+                    for head, scale in zip(x, w[:, 0])
+                ]
+                for _ in range(2):
+                    assert torch.equal(ops.rms_norm(x, w), torch.stack(heads)), (level, dtype, dim)
+"""
+
 MEMORY = {
     "kept": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
     "fresh": "glibc.malloc.mmap_threshold=65536",  # given back to the system at once
 }
 
 
+PROGRAMS = {"rms_norm": PROGRAM, "add_rms_norm": ADD_PROGRAM, "lengths": LENGTHS_PROGRAM}
+
+
 @pytest.mark.parametrize("tunables", MEMORY.values(), ids=MEMORY)
-@pytest.mark.parametrize("program", [PROGRAM, ADD_PROGRAM], ids=["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="makes no difference elsewhere")
 def test_large_outputs_have_the_bits_of_small_ones(program, tunables):
     environment = {**os.environ, "GLIBC_TUNABLES": tunables}

@@ -269,12 +269,13 @@ struct SummedRows {
   }
 };
 
-// Are the rows of a forward block side by side in a sweep, and the next ones always asked for?
-// Conversions take so long that several rows, which share those of the scale, are worth it, and so
-// are streamed rows. They need to be asked for, since processors foresee a single row, but not
-// several short ones close to each other. Otherwise float32 rows go one by one.
+// Are the rows of a forward block side by side in a sweep? Conversions take so long that several
+// rows, which share those of the scale, are worth it. Rows of float32 go one by one: processors
+// foresee a single row, but not several short ones close to each other. With AVX2, whose stores
+// past the caches are half a line each, side by side is faster up to 8 KiB where they are streamed.
+constexpr bool kStreamsOneByOne = sizeof(Pair) == 128;  // two lines
 template <bool kStream, class Input>
-constexpr bool kSideBySide = kStream || sizeof(Input) == 2;
+constexpr bool kSideBySide = sizeof(Input) == 2 || (kStream && !kStreamsOneByOne);
 
 // How many of kRows rows that is.
 template <int kRows, bool kStream, class Input>
@@ -338,9 +339,21 @@ COREAI_TORCH_INLINE auto factors(Part part, const Scale* scale) {
   }
 }
 
-// Writes rows [first, first + kRows). The next ones are asked for where rows are side by side, and
-// with kAskAhead; then so is the place of those that are written next. Values is Pair, or Normal
-// where that is known of what is rounded.
+// What forward writes of normalized elements, given factors(). Values is Pair, or Normal where that
+// is known of what is rounded.
+template <class Input, class Scale, class Values, class Factors>
+COREAI_TORCH_INLINE auto scaled(Pair normalized, Factors w) {
+  if constexpr (kNativeProduct<Input, Scale>) {
+    return Native::rounded(normalized) * w;
+  } else if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
+    return Values{round_to<Input>(Values{normalized}) * w};
+  } else {
+    return Values{normalized * w};
+  }
+}
+
+// Writes rows [first, first + kRows). The next ones are asked for where rows are side by side or
+// streamed, and with kAskAhead; then so is the place of those that are written next.
 template <
     int kRows, bool kStream, bool kAskAhead, class Input, class Values, class Scale, class Rows,
     class Output>
@@ -365,19 +378,12 @@ COREAI_TORCH_INLINE void forward_rows(
         if constexpr (kSpreads<kRows, Input>) {
           if constexpr (kBegin + r >= kAskedForEarly) rows.prefetch_ahead(2 * kBlockRows, row, i);
         } else {
-          if constexpr (kAskAhead || kSideBySide<kStream, Input>) {
+          if constexpr (kAskAhead || kStream || kSideBySide<kStream, Input>) {
             rows.prefetch_ahead(kRows, row, i);
           }
           if constexpr (kAskAhead) prefetch_to_write(output[row] + output_ahead + i);
         }
-        const Pair normalized = rows.again(part, row, i) * rstd[r];
-        if constexpr (kNativeProduct<Input, Scale>) {
-          result[r] = Native::rounded(normalized) * w;
-        } else if constexpr (DTypeRule<Input, Scale>::kRoundsNormalized) {
-          result[r] = {round_to<Input>(Values{normalized}) * w};
-        } else {
-          result[r] = {normalized * w};
-        }
+        result[r] = scaled<Input, Scale, Values>(rows.again(part, row, i) * rstd[r], w);
       });
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
         part.store_to(output[first + kBegin + r] + i, result[r]);
@@ -386,21 +392,35 @@ COREAI_TORCH_INLINE void forward_rows(
   });
 }
 
-// Bytes of a float32 row from which on rows are summed and written one after the other, unless they
-// are streamed: four would not stay in the caches until they are written.
-constexpr int64_t kLongRow = 16384;
+// Rows of a forward block. Long ones of float32 are summed and written one after the other: four
+// would not stay in the caches until they are written. kInCaches: do the operands stay there?
+template <bool kStream, bool kInCaches, class Input>
+inline int forward_block_rows(int64_t row_bytes) {
+  constexpr int64_t kLongRow = kInCaches || kSideBySide<kStream, Input> ? 8192 : 4096;
+  return sizeof(Input) > 2 && row_bytes >= kLongRow ? 1 : kBlockRows;
+}
+
+// How many rows ahead forward asks for: those of a block, in 16 bits of two. But where rows follow
+// each other, and do not stay in the caches, at least so many bytes, since short rows are over
+// before memory has answered.
+template <bool kStream, bool kInCaches, class Input>
+inline int forward_rows_ahead(int64_t row_bytes) {
+  return forward_block_rows<kStream, kInCaches, Input>(row_bytes) * (sizeof(Input) == 2 ? 2 : 1);
+}
+constexpr int64_t kLeastAhead = 16384;
 
 // Rows are asked for as long as they stay in the second cache until they are needed, beside those
-// of the current block: up to so many bytes.
+// of the current block: up to so many bytes. In float32, half of them for the place of the output.
 template <bool kStream>
 constexpr int64_t kMostAhead = int64_t(kStream ? 512 : 256) << 10;
 
-// Does forward ask for rows ahead? In 16 bits, that is two blocks.
-template <bool kStream, class Input, class Args>
+template <bool kStream, bool kInCaches, class Input, class Args>
 inline bool asks_ahead(const Args& args) {
-  constexpr int kOperands = kSame<Args, AddRmsNormForward> ? 2 : 1;
-  constexpr int kRows = kBlockRows * (sizeof(Input) == 2 ? 2 : 1);
-  return kOperands * kRows * args.shape.dim * int64_t(sizeof(Input)) <= kMostAhead<kStream>;
+  constexpr int kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
+  constexpr int kOperands = kReads * (sizeof(Input) == 2 ? 1 : 2);
+  const int64_t row_bytes = args.shape.dim * int64_t(sizeof(Input));
+  const int rows = forward_rows_ahead<kStream, kInCaches, Input>(row_bytes);
+  return kOperands * rows * row_bytes <= kMostAhead<kStream>;
 }
 
 // In which order rows are taken. Where groups take turns they do so block by block, or, where a
@@ -419,9 +439,21 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const RmsNormShape& shape = args.shape;
   const int64_t dim = kDim != 0 ? kDim : shape.dim;
   const int64_t row_bytes = dim * int64_t(sizeof(Input));
-  const bool asks = asks_ahead<kStream, Input>(args);
   const RowLength length(dim);
   auto cursor = cursor_of(args);
+
+  constexpr bool kInCaches = !kStream && !kAskAhead;
+  const int block_rows = forward_block_rows<kStream, kInCaches, Input>(row_bytes);
+  const bool asks = asks_ahead<kStream, kInCaches, Input>(args);
+  const int64_t bytes_ahead = forward_rows_ahead<kStream, kInCaches, Input>(row_bytes) * row_bytes;
+  const int64_t times_ahead = bytes_ahead < kLeastAhead ? kLeastAhead / bytes_ahead : 1;
+  const auto step_ahead = [&](int operand) {
+    const int64_t step = asks ? cursor.step(operand) : 0;
+    if constexpr (!kInCaches && !kTurns) {
+      if (step == dim) return times_ahead * step;
+    }
+    return step;
+  };
 
   struct Block {
     int count;
@@ -433,8 +465,6 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     int64_t output_step;
     Quad rstd;
   };
-  const int most_rows =
-      !kSideBySide<kStream, Input> && row_bytes >= kLongRow ? 1 : kBlockRows;  // of a block
   // What begin and end count: rows or, where groups take turns, rows of a group. Units
   // [run * inner, (run + 1) * inner) share a scale row or, with turns, the scale rows in turn.
   const int turns_dim = kTurns ? dim_of_turns(shape, args.input_strides) : -1;
@@ -468,12 +498,12 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const auto take_rows = [&](Block& block) {
     if (unit == end) return false;
     if (unit == run_end) start_run();
-    block.count = int(run_end - unit < most_rows ? run_end - unit : most_rows);
+    block.count = int(run_end - unit < block_rows ? run_end - unit : block_rows);
     unit += block.count;
     set_scale(block, run_scale);
-    block.rows.input_step = asks ? cursor.step(0) : 0;
+    block.rows.input_step = step_ahead(0);
     block.output_step = cursor.step(1);
-    if constexpr (kAdds) block.rows.residual_step = asks ? cursor.step(2) : 0;
+    if constexpr (kAdds) block.rows.residual_step = step_ahead(2);
     const auto take = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
       for (int r = 0; r < count; ++r, cursor.next()) {
         block.rows.input[r] = (const Input*)args.input + cursor.offset(0);
@@ -561,9 +591,11 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
           dim, block.rows, 0, block.scale, kAcross ? dim : 0, block.rstd, block.output,
           block.output_step);
     } else {
+      // Rows of known length are alone at the end only, where asking would not be worth its code.
       for (int r = 0; r < block.count; ++r) {
-        forward_rows<1, kStream, false, Input, Values>(
-            dim, block.rows, r, block.scale, 0, Quad{block.rstd[r]}, block.output, 0);
+        forward_rows<1, kStream, kAskAhead && kDim == 0, Input, Values>(
+            dim, block.rows, r, block.scale, 0, Quad{block.rstd[r]}, block.output,
+            block.output_step);
       }
     }
   };
@@ -594,6 +626,104 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   }
 }
 
+// Writes a row that is streamed, and takes 1/rms of the next one, which follows it in memory.
+template <class Values, class Input, class Scale, class Output>
+COREAI_TORCH_INLINE Quad write_row_and_sum_next(
+    const RowLength& length, double eps, const Input* input, const Scale* scale, Quad rstds,
+    Output* output, KeptInForward<Input>& kept) {
+  constexpr int64_t kAhead = kLeastAhead / int64_t(sizeof(Input));
+  const Input* const next = input + length.dim;
+  const Real rstd = rstds[0];
+  Vector lanes[kQuad];
+  Real left[kQuad][kVectorLanes] = {};
+  row_sums<InOrder, 1>(
+      length,
+      [=](auto part, int64_t i, Pair* terms, auto& kept) COREAI_TORCH_INLINE_LAMBDA {
+        prefetch<kForwardCache<Input>>(next + kAhead + i);
+        const Pair x = part.load_from(next + i);
+        terms[0] = x * x;
+        if constexpr (kPrefersNormal<Input>) part.add_to(kept, next + i);
+        const auto w = factors<Input>(part, scale + i);
+        const auto result =
+            scaled<Input, Scale, Values>(part.load_from(input + i) * splat(rstd), w);
+        if constexpr (kSame<decltype(part), Whole>) {
+          Streamed().store_to(output + i, result);
+        } else {
+          part.store_to(output + i, result);
+        }
+      },
+      lanes, left, kept);
+  for (int r = 1; r < kQuad; ++r) lanes[r] = lanes[0];
+  return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
+}
+
+// Do streamed rows go in one loop? Short ones would have to wait for each other's 1/rms, and 16-bit
+// ones convert the scale for each row. Rows of float32, which otherwise go one after the other,
+// find themselves in the first cache then, where it has room for a row and the scale, but not for
+// the next row, too.
+template <class Input>
+inline bool is_for_one_loop(int64_t row_bytes) {
+  constexpr int64_t kRoomForThree = 8192, kRoomForTwo = 24576;
+  if (sizeof(Input) == 2) return row_bytes >= 8192;
+  return row_bytes >= 2048 && (row_bytes <= kRoomForThree || row_bytes > kRoomForTwo);
+}
+
+// Forward of such rows, which are contiguous. While one is written the next one is summed, so that
+// memory is written and read at the same time. What an iteration leaves to the next one stays in
+// registers: read from memory, it would wait for all that is being streamed, wherever it is read in
+// other pieces than it was written.
+template <class Input, class Scale>
+void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end) {
+  using Output = typename DTypeRule<Input, Scale>::Output;
+  const RmsNormShape& shape = args.shape;
+  const int64_t dim = shape.dim;
+  const RowLength length(dim);
+  const Input* input = (const Input*)args.input + begin * dim;
+  Output* output = (Output*)args.output + begin * dim;
+  const Scale* scale = nullptr;
+  float smallest_scale = 0;
+  const auto set_scale_of = [&](int64_t row) {
+    const int64_t group = shape.groups == 1 ? 0 : row / shape.inner % shape.groups;
+    const Scale* const row_scale = (const Scale*)args.scale + group * dim;
+    if (row_scale == scale) return;
+    scale = row_scale;
+    if constexpr (kPrefersNormal<Input>) smallest_scale = smallest_of(scale, dim);
+  };
+
+  KeptInForward<Input> kept;
+  const InputRows<Input> first{{input}, 0};
+  Quad rstd = forward_rstd<1, true, false, Input>(length, shape.eps, first, 0, &output, kept);
+  for (int64_t row = begin; row + 1 < end; ++row) {
+    set_scale_of(row);
+    bool normal = false;
+    if constexpr (kPrefersNormal<Input>) {
+      normal = are_normal(kept.value(), rstd, 1, smallest_scale);
+      kept = {};
+      if (normal) {
+        rstd = write_row_and_sum_next<Normal>(length, shape.eps, input, scale, rstd, output, kept);
+      }
+    }
+    if (!normal) {
+      rstd = write_row_and_sum_next<Pair>(length, shape.eps, input, scale, rstd, output, kept);
+    }
+    input += dim;
+    output += dim;
+  }
+  set_scale_of(end - 1);
+  const InputRows<Input> last{{input}, 0};
+  forward_rows<1, true, false, Input, Pair>(dim, last, 0, scale, 0, rstd, &output, 0);
+}
+
+template <class Input, class Scale, class Args>
+void forward_streamed(const Args& args, int64_t begin, int64_t end) {
+  if constexpr (kSame<Args, RmsNormForward>) {
+    if (is_for_one_loop<Input>(args.shape.dim * int64_t(sizeof(Input)))) {
+      return forward_in_one_loop<Input, Scale>(args, begin, end);
+    }
+  }
+  forward_range<true, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
+}
+
 // Bytes of what is read, from which on it does not stay in the caches together with what is
 // written.
 constexpr int64_t kBeyondCaches = int64_t(12) << 20;
@@ -621,13 +751,13 @@ template <class Input, class Scale, class Args>
 void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
   if constexpr (kStreams) {
     if (stream) {
-      forward_range<true, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
+      forward_streamed<Input, Scale>(args, begin, end);
       stream_end((const Input*)args.output);
       return;
     }
     constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
     const int64_t bytes = kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input));
-    if (bytes >= kBeyondCaches && asks_ahead<false, Input>(args)) {
+    if (bytes >= kBeyondCaches && asks_ahead<false, false, Input>(args)) {
       return forward_in_order<true, Input, Scale>(args, begin, end);
     }
   }

@@ -268,7 +268,10 @@ COREAI_TORCH_INLINE LaneSums<N> sum_steps(
 // Sums over all steps of a row of more than one round, written to `result`.
 template <int N, class Terms, class Kept>
 __attribute__((noinline)) void sum_rounds(
-    const Terms& terms, const RowLength& length, Real (*result)[kStepLanes], Kept& kept) {
+    const Terms& terms_outside, const RowLength& length, Real (*result)[kStepLanes], Kept& kept) {
+  // What terms() captured, in registers: read from memory in the loop, it would be taken for what
+  // is being written, wherever the last 12 bits of an address are the same.
+  const Terms terms = terms_outside;
   const int64_t round = int64_t(1) << length.power;
   alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes];
   bool filled[kCascadeLevels - 1] = {};
