@@ -389,6 +389,23 @@ def test_results_and_readme_are_generated():
     assert readme == report.with_block(readme, block), command
 
 
+def test_what_kept_memory_gains():
+    case = {"op": "rms_norm", "dtype": "float32", "shape": [8, 64], "kind": "plain"}
+    default, warm = (
+        {
+            "mode": mode,
+            "threads": 2,
+            "cases": [case | {"times": {report.BOTH: {"ours": {"median_us": median}}}}],
+        }
+        for mode, median in (("default", 3000.0), ("warm", 1000.0))
+    )
+    fresh = default["cases"][0]
+    result = {"runs": [default, warm]}
+    assert report.with_memory_kept(result, default, fresh) == pytest.approx(3)
+    assert report.with_memory_kept(result, {"threads": 1}, fresh) is None
+    assert report.with_memory_kept(result, default, fresh | {"shape": [9, 64]}) is None
+
+
 def test_pictures_of_the_committed_results(tmp_path):
     pytest.importorskip("matplotlib")
     result = report.load(report.RESULTS / "cpu.json")
