@@ -658,14 +658,15 @@ COREAI_TORCH_INLINE Quad write_row_and_sum_next(
 }
 
 // Do streamed rows go in one loop? Short ones would have to wait for each other's 1/rms, and 16-bit
-// ones convert the scale for each row. Rows of float32, which otherwise go one after the other,
-// find themselves in the first cache then, where it has room for a row and the scale, but not for
-// the next row, too.
+// ones convert the scale for each row, which AVX2 is too slow for. Rows of float32, which otherwise
+// go one after the other, find themselves in the first cache then, where it has room for a row and
+// the scale, but not for the next row, too.
 template <class Input>
 inline bool is_for_one_loop(int64_t row_bytes) {
   constexpr int64_t kRoomForThree = 8192, kRoomForTwo = 24576;
-  if (sizeof(Input) == 2) return row_bytes >= 8192;
-  return row_bytes >= 2048 && (row_bytes <= kRoomForThree || row_bytes > kRoomForTwo);
+  if (sizeof(Input) == 2) return kStreamsOneByOne && row_bytes >= 8192;
+  constexpr int64_t kShortest = kStreamsOneByOne ? 2048 : 8192;
+  return row_bytes >= kShortest && (row_bytes <= kRoomForThree || row_bytes > kRoomForTwo);
 }
 
 // Forward of such rows, which are contiguous. While one is written the next one is summed, so that
