@@ -170,7 +170,12 @@ def run_times(options: argparse.Namespace, plan: Plan, threads: int) -> dict[str
         if not hasattr(coreai_torch.ops, case.op):
             print(f"skipped: {case.name}, coreai_torch.ops has no {case.op}")
             continue
-        record = measure(case, plan)
+        try:
+            record = measure(case, plan)
+        except KeyboardInterrupt:
+            print(f"interrupted in {case.name}: what was measured before is kept")
+            options.measures = []  # nothing else, either
+            break
         run["cases"].append(record)
         if not columns:
             columns = tables.columns_of(run)
@@ -195,6 +200,8 @@ def run_here(options: argparse.Namespace) -> dict[str, Any]:
         for threads in options.threads or [torch.get_num_threads()]:
             torch.set_num_threads(threads)
             result["runs"].append(run_times(options, plan, threads))
+            if not options.measures:
+                break
     others = {
         "host": lambda: overheads.host_times(plan),
         "memory": lambda: overheads.memory_use(plan),

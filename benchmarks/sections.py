@@ -45,9 +45,12 @@ def notes(result: Record) -> list[str]:
         for case in run["cases"]:
             for name, same in case.get("same_bits", {}).items():
                 counts.setdefault(name, []).append(same)
+    on_cuda = all(run["device"] == "cuda" for run in result["runs"])
+    order = "in an order of its own" if on_cuda else "in its order"
+    same = "" if on_cuda else ": the outputs are equal bit for bit"
     lines = [
         "Not all providers compute the same. Ours does every rounding that the eager reference "
-        "does, and sums in its order: the outputs are equal bit for bit. The compiler fuses the "
+        f"does, and sums {order}{same}. The compiler fuses the "
         "formula, leaves out the rounding to 16 bits between normalization and scale, which is "
         "less work, and sums in another order.",
         "",
@@ -71,7 +74,7 @@ def figures(run: Record) -> list[str]:
         dropped, kept = (sum(case[key] for case in cases) for key in ("dropped", "rounds"))
         text += f" {kept} rounds kept, {dropped} contended ones dropped."
     if "copy_bandwidth" in run:
-        text += f" A large copy reaches {run['copy_bandwidth'] / 1e9:.0f} GB/s."
+        text += f" Large copies reach {run['copy_bandwidth'] / 1e9:.0f} GB/s."
     lines += [text, ""]
     noisy = [case["name"] for case in cases if case.get("contended")]
     if noisy:

@@ -20,7 +20,7 @@ COLUMNS = ("mode", "case", "direction", "target", "measured", "of its bandwidth"
 class Target(NamedTuple):
     """A bound on ours / other: either a multiple of a roof, or (`faster`) a speed-up over it.
 
-    `other` None is the bandwidth of a large copy, of which ours is to reach a share.
+    `other` None is the bandwidth of large copies, of which ours is to reach a share.
     """
 
     direction: str

@@ -92,8 +92,10 @@ def assert_accurate(
     oracle, our mean error is at most 1.05 and our largest at most 1.5 times that of the eager
     reference.
 
-    Means of few samples are given room for chance. Samples are the elements where rounding to the
-    result's dtype decides; in float32 they are the rows, since a row shares the error of its rstd.
+    Means of few samples are given room for chance: the ratio of two means of n errors varies by a
+    factor of exp(1.07 / sqrt(n)), or e squared every so often where there are one or two. Samples
+    are the elements where rounding to the result's dtype decides; in float32 they are the rows,
+    since a row shares the error of its rstd.
     """
     theirs = with_gradients(reference.rms_norm, input, scale, grad_output, eps)
     exact = oracle(input, scale, grad_output, eps)
@@ -116,7 +118,7 @@ def assert_no_worse(name: str, a: Tensor, b: Tensor, c: Tensor, rows: int) -> No
     if a.dtype == torch.float32:
         samples = min(samples, rows)
     noise = max(samples, 1) ** -0.5
-    assert error.mean() <= (1.05 + 2 * noise) * error_of_reference.mean(), (
+    assert error.mean() <= (1.05 + 2 * noise + 8 * noise**2) * error_of_reference.mean(), (
         f"{name}: mean error {error.mean():.3e}, reference {error_of_reference.mean():.3e}"
     )
     assert error.max() <= (1.5 + 16 * noise) * error_of_reference.max(), (

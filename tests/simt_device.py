@@ -179,9 +179,11 @@ class Simt:
         """In which order threads run between barriers."""
         self.library.simt_set_schedule(SCHEDULES.index(name), seed)
 
-    def set_card(self, multiprocessors: int = 3, *, clusters: bool = True) -> None:
-        """What the pretended card has."""
-        self.library.simt_set_card(multiprocessors, int(clusters))
+    def set_card(
+        self, multiprocessors: int = 3, *, clusters: bool = True, shared_memory_kib: int = 227
+    ) -> None:
+        """What the pretended card has; shared memory: the most for a block, 99 to 227 KiB."""
+        self.library.simt_set_card(multiprocessors, int(clusters), 1024 * shared_memory_kib)
 
     @property
     def launches(self) -> int:

@@ -93,6 +93,23 @@ def test_both_modes_run_in_processes_of_their_own(tmp_path):
     assert "GLIBC_TUNABLES" in result["runs"][1]["allocator"]
 
 
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path, monkeypatch):
+    def measure_one(case, plan):
+        if case.shape == (2, 8):
+            raise KeyboardInterrupt
+        return measure(case, plan)
+
+    monkeypatch.setattr(run, "measure", measure_one)
+    result = trial(
+        tmp_path,
+        *("--mode", "default", "--shapes", "4x64,2x8,4x8", "--dtypes", "float32"),
+        *("--measures", "times,memory", "--threads", "1,2"),
+    )
+    (each,) = result["runs"]
+    assert [case["shape"] for case in each["cases"]] == [[4, 64]]
+    assert "memory" not in result
+
+
 def test_the_ring_of_cuda_is_tried_out(tmp_path):
     result = trial(
         tmp_path,

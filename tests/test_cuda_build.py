@@ -81,7 +81,7 @@ class Kernel:
     @property
     def width(self) -> tuple[int, int, int]:
         """Threads of a row, accesses of a thread, blocks of a cluster."""
-        threads, accesses, cluster = re.search(r"Width<(\d+), (\d+), (\d+)>", self.name).groups()
+        threads, accesses, cluster = re.search(r"Width<(\d+), (\d+), (\d+),", self.name).groups()
         return int(threads), int(accesses), int(cluster)
 
     def count(self, pattern: str) -> int:
@@ -114,13 +114,23 @@ def row_kernels(
 ) -> list[Kernel]:
     """Those that read rows 16 bytes at a time."""
     elements = 4 if dtype == "float32" else 8
-    pattern = re.compile(rf"rms_norm_{direction}_rows<\w+, \w+, {elements}, Width")
+    pattern = re.compile(rf"rms_norm_{direction}_(rows|clusters)<\w+, \w+, {elements}, Width")
     kernels = kernels_of(objects / f"{op}_{dtype}.cu.o", architecture)
     found = [kernel for kernel in kernels if pattern.match(kernel.name)]
     if architecture < "90" and architecture != "100" and architecture != "120":
         found = [kernel for kernel in found if kernel.width[2] == 1]
     assert len(found) >= OPS[op], "kernels are missing"
     return found
+
+
+def row_loads(kernel: Kernel) -> list[int]:
+    """Where in a forward kernel rows are read: into registers, or into shared memory."""
+    into_registers = re.compile(r"LDG\S*\.NA")
+    return [
+        i
+        for i, opcode in enumerate(kernel.opcodes)
+        if opcode.startswith("LDGSTS") or into_registers.match(opcode)
+    ]
 
 
 def scale_bytes(kernel: Kernel) -> int:
@@ -153,12 +163,14 @@ def test_forward_reads_and_writes_rows_in_wide_accesses(
 ) -> None:
     for kernel in row_kernels(objects, op, dtype, architecture, "forward"):
         accesses = kernel.width[1]
-        rows = kernel.count(r"LDG\S*\.NA\S*\.128|LDG\S*\.NA\.128")
-        assert rows == accesses * (1 if op == "rms_norm" else 2), kernel.name
+        rows = [kernel.opcodes[i] for i in row_loads(kernel)]
+        assert len(rows) == accesses * (1 if op == "rms_norm" else 2), kernel.name
+        assert all(".128" in opcode for opcode in rows), kernel.name
         narrow_scale = scale_bytes(kernel) < 16
         scales = accesses * max(1, scale_bytes(kernel) // 16)
-        assert kernel.count("LDG") == rows + scales, kernel.name
-        assert kernel.count(r"LDG\S*\.128") == rows + (0 if narrow_scale else scales), kernel.name
+        assert kernel.count("LDG(?!DEPBAR)") == len(rows) + scales, kernel.name
+        wide = len(rows) + (0 if narrow_scale else scales)
+        assert kernel.count(r"LDG\S*\.128") == wide, kernel.name
         assert kernel.count(r"STG\S*\.128") == kernel.count("STG"), kernel.name
 
 
@@ -170,7 +182,7 @@ def test_all_of_a_row_is_under_way_before_any_of_it_is_used(
 ) -> None:
     """Loads one after another would wait for memory several times."""
     for kernel in row_kernels(objects, op, dtype, architecture, "forward"):
-        loads = [i for i, o in enumerate(kernel.opcodes) if o.startswith("LDG") and ".NA" in o]
+        loads = row_loads(kernel)
         between = kernel.opcodes[loads[0] : loads[-1]]
         assert not [o for o in between if o.startswith(("FFMA", "FMUL", "FADD"))], kernel.name
 
@@ -178,15 +190,17 @@ def test_all_of_a_row_is_under_way_before_any_of_it_is_used(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
-def test_backward_reads_rows_in_wide_accesses(
+def test_backward_copies_rows_in_wide_accesses(
     objects: Path, op: str, dtype: str, architecture: str
 ) -> None:
+    """Past the registers and the L1 cache: of the first rows, and in the loop of the next."""
     for kernel in row_kernels(objects, op, dtype, architecture, "backward"):
-        row_loads = kernel.count(r"LDG\S*\.NA")
-        assert row_loads == kernel.count(r"LDG\S*\.NA\S*\.128|LDG\S*\.NA\.128"), kernel.name
-        # Of the first row and of the next: input and grad_output. Of this one what is added.
-        added = 0 if op == "rms_norm" else kernel.width[1]
-        assert (row_loads - added) % (2 * kernel.width[1]) == 0, kernel.name
+        _, accesses, cluster = kernel.width
+        copies = kernel.count(r"LDGSTS")
+        assert copies == kernel.count(r"LDGSTS\S*\.BYPASS\S*\.128"), kernel.name
+        operands = 2 if op == "rms_norm" or cluster > 1 else 3
+        assert copies % (2 * accesses) == 0, kernel.name
+        assert copies >= 2 * accesses * operands, kernel.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

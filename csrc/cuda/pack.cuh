@@ -49,41 +49,61 @@ struct Pack {
   union {
     Unit units[kUnits];
     T elements[N];
-    uint32_t words[kBytes < 4 ? 1 : kBytes / 4];  // in use for pairs of 16-bit elements
+    uint32_t words[kBytes < 4 ? 1 : kBytes / 4];  // in use for 16-bit elements
   };
 
   __device__ __forceinline__ Pack() {
     if constexpr (sizeof(Unit) == 16) {
 #pragma unroll
       for (int i = 0; i < kUnits; ++i) units[i] = Word16{{0, 0, 0, 0}};
+    } else if constexpr (kBytes == 2) {
+      words[0] = 0;
     } else {
       units[0] = 0;
     }
   }
 
   __device__ __forceinline__ void load_streaming(const T* p) {
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      units[i] = coreai_torch::load_streaming(reinterpret_cast<const Unit*>(p) + i);
-    }
+    load(p, [](const Unit* unit) { return coreai_torch::load_streaming(unit); });
   }
   __device__ __forceinline__ void load_cached(const T* p) {
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      units[i] = coreai_torch::load_cached(reinterpret_cast<const Unit*>(p) + i);
-    }
+    load(p, [](const Unit* unit) { return coreai_torch::load_cached(unit); });
   }
-  // What this thread has stored itself.
+  // What was written in this launch, or in the one before it, which those above might not see.
   __device__ __forceinline__ void load_stored(const T* p) {
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      units[i] = coreai_torch::load_stored(reinterpret_cast<const Unit*>(p) + i);
-    }
+    load(p, [](const Unit* unit) { return coreai_torch::load_stored(unit); });
   }
   __device__ __forceinline__ void store_streaming(T* p) const {
+    if constexpr (kBytes == 2) {
+      coreai_torch::store_streaming(reinterpret_cast<Unit*>(p), Unit(words[0]));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) {
+        coreai_torch::store_streaming(reinterpret_cast<Unit*>(p) + i, units[i]);
+      }
+    }
+  }
+
+  // By way of shared memory: unit i lies `stride` units behind unit 0.
+  template <int stride>
+  static __device__ __forceinline__ void copy_async(Word16* shared, const T* p) {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      coreai_torch::store_streaming(reinterpret_cast<Unit*>(p) + i, units[i]);
+      coreai_torch::copy_async(shared + i * stride, reinterpret_cast<const Word16*>(p) + i);
+    }
+  }
+  template <int stride>
+  __device__ __forceinline__ void load_shared(const Word16* shared) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) units[i] = shared[i * stride];
+  }
+
+  // What was unpacked before is unpacked anew when it is used again, instead of being kept in twice
+  // the registers: blockIdx.z is 0, but the compiler does not know.
+  __device__ __forceinline__ void stay_packed() {
+    if constexpr (kIs16Bit<T> && kBytes >= 4) {
+#pragma unroll
+      for (int i = 0; i < kBytes / 4; ++i) words[i] ^= blockIdx.z;
     }
   }
 
@@ -93,7 +113,7 @@ struct Pack {
 #pragma unroll
       for (int i = 0; i < N; ++i) values[i] = elements[i];
     } else if constexpr (N == 1) {
-      values[0] = to_float(elements[0]);
+      values[0] = to_float(T{uint16_t(words[0])});
     } else {
 #pragma unroll
       for (int i = 0; i < N; i += 2) {
@@ -111,7 +131,7 @@ struct Pack {
 #pragma unroll
       for (int i = 0; i < N; ++i) elements[i] = T(values[i]);
     } else if constexpr (N == 1) {
-      elements[0].bits = uint16_t(pack2<T>(float(values[0]), 0.0f));
+      words[0] = pack2<T>(float(values[0]), 0.0f);
     } else {
 #pragma unroll
       for (int i = 0; i < N; i += 2) {
@@ -128,6 +148,19 @@ struct Pack {
 #pragma unroll
     for (int i = 0; i < N; ++i) sums[i] += others[i];
     pack(sums);
+  }
+
+ private:
+  // A single element of 16 bits has a register of its own: the compiler would pack two into one,
+  // and wait for both to arrive.
+  template <class Load>
+  __device__ __forceinline__ void load(const T* p, Load&& load) {
+    if constexpr (kBytes == 2) {
+      words[0] = load(reinterpret_cast<const Unit*>(p));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) units[i] = load(reinterpret_cast<const Unit*>(p) + i);
+    }
   }
 };
 

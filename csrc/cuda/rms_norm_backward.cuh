@@ -15,6 +15,7 @@
 #include "coreai_torch/add_rms_norm.h"
 
 #include "alignment.cuh"
+#include "mean.cuh"
 #include "rms_norm_dtypes.cuh"
 #include "row_layout.cuh"
 #include "widths.cuh"
@@ -33,7 +34,8 @@ struct BackwardArgs {
   int64_t dim;
   int64_t rows_of_group;
   int64_t parts;  // blocks (or clusters) that share the rows of a group
-  double eps;
+  int stages;     // rows under way to a block
+  Mean mean;
   RowLayout<kAdds ? 4 : 3> layout;  // grad_output, input, grad_input[, grad_new_residual]
   const void* grad_new_residual;
 };
@@ -48,9 +50,9 @@ struct RowStatistics {
 // From the sums of x * x and of g * x.
 template <class Number>
 __device__ __forceinline__ RowStatistics<Number> statistics_of(
-    const Number (&sums)[2], int64_t dim, double eps) {
-  const Number rstd = reciprocal_sqrt(sums[0] / Number(dim) + Number(eps));
-  return {rstd, sums[1] / Number(dim) * rstd};
+    const Number (&sums)[2], const Mean& mean) {
+  const Number rstd = mean.rstd(sums[0]);
+  return {rstd, mean.of(sums[1]) * rstd};
 }
 
 // One access of a row and of the gradient of its output.
@@ -63,6 +65,11 @@ struct BackwardAccess {
   __device__ __forceinline__ void load(const Input* x, const Output<Input, Scale>* dy) {
     input.load_streaming(x);
     grad_output.load_streaming(dy);
+  }
+
+  __device__ __forceinline__ void stay_packed() {
+    input.stay_packed();
+    grad_output.stay_packed();
   }
 
   // Adds to the sums of x * x and of g * x.
@@ -82,11 +89,12 @@ struct BackwardAccess {
     sums[1] += products;
   }
 
-  // With kAdds, plus what is `added`.
+  // Adds to the sums of grad_scale, and writes the gradient of the input, unless that is nullptr;
+  // with kAdds it is the gradient plus what is `added`.
   template <bool kAdds>
-  __device__ __forceinline__ void write_grad_input(
+  __device__ __forceinline__ void write_gradients(
       const RowStatistics<Number>& row, const Pack<Scale, N>& scale, const Pack<Input, N>& added,
-      Input* grad_input) const {
+      Number (&grad_scale)[N], Input* grad_input) const {
     Number x[N], dy[N];
     Accumulate<Scale> w[N];
     input.unpack(x);
@@ -97,25 +105,22 @@ struct BackwardAccess {
       added.unpack(more);
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        x[e] = fma(fma(-row.mean_product, x[e] * row.rstd, dy[e] * w[e]), row.rstd, more[e]);
+        const Number n = x[e] * row.rstd;
+        grad_scale[e] = fma(dy[e], n, grad_scale[e]);
+        x[e] = fma(fma(-row.mean_product, n, dy[e] * w[e]), row.rstd, more[e]);
       }
     } else {
 #pragma unroll
       for (int e = 0; e < N; ++e) {
-        x[e] = fma(-row.mean_product, x[e] * row.rstd, dy[e] * w[e]) * row.rstd;
+        const Number n = x[e] * row.rstd;
+        grad_scale[e] = fma(dy[e], n, grad_scale[e]);
+        x[e] = fma(-row.mean_product, n, dy[e] * w[e]) * row.rstd;
       }
     }
+    if (!grad_input) return;
     Pack<Input, N> result;
     result.pack(x);
     result.store_streaming(grad_input);
-  }
-
-  __device__ __forceinline__ void add_to_grad_scale(Number (&sums)[N], Number rstd) const {
-    Number x[N], dy[N];
-    input.unpack(x);
-    grad_output.unpack(dy);
-#pragma unroll
-    for (int e = 0; e < N; ++e) sums[e] = fma(dy[e], x[e] * rstd, sums[e]);
   }
 };
 
@@ -137,179 +142,400 @@ __device__ __forceinline__ void write_grad_scale(
   }
 }
 
-// What a thread holds in 32-bit registers: two rows' accesses and with kAdds those of what is added
-// to one, the scale, sums of grad_scale.
+// How the kernels that read rows once use a multiprocessor.
 template <class Input, class Scale, int N, class W, bool kAdds>
-struct BackwardRegisters {
-  static constexpr int kRows = W::kAccesses *
-                               (2 * int(sizeof(BackwardAccess<Input, Scale, N>)) +
-                                (kAdds ? int(sizeof(Pack<Input, N>)) : 0)) /
-                               4;
+struct BackwardResources {
+  // What a thread holds in 32-bit registers: its part of a row (of two, where they wait there), of
+  // the scale, sums of grad_scale.
+  static constexpr int kRow =
+      N == 1 ? 4 * W::kAccesses : W::kAccesses * int(sizeof(BackwardAccess<Input, Scale, N>)) / 4;
   static constexpr int kScale = W::kAccesses * int(sizeof(Pack<Scale, N>)) / 4;
   static constexpr int kSums = W::kAccesses * N;
 
-  // Where it does not fit, the scale is read anew for each row, from the L1 cache.
-  static constexpr bool kKeepsScale = kRows + kScale + kSums <= 48;
+  // Where it does not fit, the scale is read anew for each row, from the L1 cache. Clusters do not
+  // hold the row; their rows in shared memory leave little of that cache.
+  static constexpr bool kKeepsScale = W::kCluster > 1 || kRow + kScale + kSums <= 48;
 
   // Threads that the registers of a multiprocessor have room for.
-  static constexpr int kThreads = N > 1 && kRows + kSums <= 40 ? 640 : 512;
+  static constexpr int kHeld = kRow + kSums + (kKeepsScale ? kScale : 0);
+  static constexpr int kThreads = kHeld <= 16 ? 1024 : kHeld <= 32 ? 768 : 512;
   static constexpr int kBlocks = kThreads / W::kBlock;
+
+  // The accesses of the rows under way lie in shared memory, in units of 16 bytes of which each
+  // thread has one. Rows that are read element by element wait in registers, one ahead.
+  static constexpr bool kInSharedMemory = N > 1;
+  static constexpr int kInputUnits = Pack<Input, N>::kUnits;
+  static constexpr int kGradUnits = Pack<Output<Input, Scale>, N>::kUnits;
+  static constexpr bool kAddedInSharedMemory = kAdds && W::kCluster == 1;
+  static constexpr int kAccessUnits =
+      kInputUnits + kGradUnits + (kAddedInSharedMemory ? kInputUnits : 0);
+  static constexpr int kStageBytes =
+      W::kBlock * (int(sizeof(int64_t)) + (kInSharedMemory ? W::kAccesses * kAccessUnits * 16 : 0));
+
+  // In the end, the sums of the rows that lie side by side in the block take their place, those of
+  // a warp as one.
+  static constexpr int kSlots = W::kBlock / (W::kRowThreads < kWarp ? kWarp : W::kRowThreads);
+  static constexpr int kRowElements = int(W::kRowAccesses) * N;
+  static constexpr int kSlotBytes =
+      W::kBlockRows > 1 ? kSlots * kRowElements * int(sizeof(float)) : 0;
+
+  static constexpr int kSumBuffer = kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 2>;
+  static constexpr int kSumBytes = (2 * kSumBuffer * int(sizeof(float)) + 15) / 16 * 16;
+
+  static constexpr int shared_bytes(int stages) {
+    const int bytes = stages * kStageBytes;
+    return kSumBytes + (bytes > kSlotBytes ? bytes : kSlotBytes);
+  }
 };
 
-// A block (or cluster) visits every `parts`-th batch of the rows of its group. A row is read once;
-// the next is under way while it is worked on.
+// What a thread of those kernels has to do with the rows of its group.
 template <class Input, class Scale, int N, class W, bool kAdds>
-__global__ void __launch_bounds__(W::kBlock, BackwardRegisters<Input, Scale, N, W, kAdds>::kBlocks)
-    rms_norm_backward_rows(const __grid_constant__ BackwardArgs<kAdds> args) {
-  constexpr int threads = W::kRowThreads;
-  constexpr int accesses = W::kAccesses;
-  constexpr int cluster = W::kCluster;
-  constexpr int block_rows = W::kBlockRows;
-  if constexpr (cluster > 1 && !kHasClusters) {
-    return;
-  } else {
-    COREAI_TORCH_SHARED_MEMORY(shared);
-    float* buffer = reinterpret_cast<float*>(shared);
-    const int lane = threadIdx.x % threads;
-    const int sub = threadIdx.x / threads;
-    const int rank = cluster > 1 ? int(cluster_rank()) : 0;
-    const int dim = int(args.dim);
-    const unsigned parts = unsigned(args.parts);
-    const int64_t group = blockIdx.x / cluster / parts;
-    const int64_t part = blockIdx.x / cluster % parts;
-    const int64_t rows = args.rows_of_group;
-    const auto column = [=](int i) { return ((i * cluster + rank) * threads + lane) * N; };
+class BackwardThread {
+ public:
+  using Resources = BackwardResources<Input, Scale, N, W, kAdds>;
+  using Access = BackwardAccess<Input, Scale, N>;
+  static constexpr int kAccesses = W::kAccesses;
 
-    BackwardAccess<Input, Scale, N> next[accesses];
-    int64_t next_grad_input = 0;
-    const auto fetch = [&](int64_t k) {
-      if (k >= rows) {  // zeros add nothing
+  // `shared` is where the rows under way lie.
+  __device__ __forceinline__
+  BackwardThread(const BackwardArgs<kAdds>& args, unsigned char* shared, int rank)
+      : args_(args),
+        group_(blockIdx.x / W::kCluster / unsigned(args.parts)),
+        places_(
+            reinterpret_cast<Word16*>(shared + args.stages * W::kBlock * sizeof(int64_t)) +
+            threadIdx.x),
+        offsets_(reinterpret_cast<int64_t*>(shared) + threadIdx.x),
+        first_column_((rank * W::kRowThreads + lane()) * N) {
 #pragma unroll
-        for (int i = 0; i < accesses; ++i) next[i] = {};
-        return;
-      }
-      int64_t offset[kAdds ? 4 : 3];
-      args.layout.offsets(args.layout.row_of_group(group, k), offset);
-      const auto* dy = static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0];
-      const Input* x = static_cast<const Input*>(args.input) + offset[1];
-      next_grad_input = offset[2];
+    for (int i = 0; i < kAccesses; ++i) {
+      if constexpr (Resources::kKeepsScale) scale_[i] = load_scale(i);
 #pragma unroll
-      for (int i = 0; i < accesses; ++i) {
-        if (column(i) < dim) next[i].load(x + column(i), dy + column(i));
-      }
-    };
-    fetch(part * block_rows + sub);
+      for (int e = 0; e < N; ++e) grad_scale_[i][e] = 0;
+    }
+  }
 
-    const Scale* scale = static_cast<const Scale*>(args.scale) + group * args.dim;
-    const auto load_scale = [&](int i) {
-      Pack<Scale, N> pack;
-      if (column(i) < dim) pack.load_cached(scale + column(i));
-      return pack;
-    };
-    constexpr bool keeps_scale = BackwardRegisters<Input, Scale, N, W, kAdds>::kKeepsScale;
-    Pack<Scale, N> kept_scale[keeps_scale ? accesses : 1];
-    const auto scale_of = [&](int i) {
-      if constexpr (keeps_scale) {
-        return kept_scale[i];
+  __device__ __forceinline__ int column(int i) const {
+    return i * W::kCluster * W::kRowThreads * N + first_column_;
+  }
+  __device__ __forceinline__ bool has(int i) const { return column(i) < int(args_.dim); }
+
+  // Takes row k of the group under way, for the first time in this stage. Zeros, which add nothing,
+  // stand for what there is not.
+  __device__ __forceinline__ void start(int stage, int64_t k) {
+    if constexpr (Resources::kInSharedMemory) {
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) {
+        if (k < args_.rows_of_group && has(i)) continue;
+#pragma unroll
+        for (int unit = 0; unit < Resources::kAccessUnits; ++unit) {
+          place(stage, i)[unit * W::kBlock] = Word16{{0, 0, 0, 0}};
+        }
+      }
+    }
+    fetch(stage, k);
+    fetch_added(stage, k);
+    commit();
+  }
+  __device__ __forceinline__ static void commit() {
+    if constexpr (Resources::kInSharedMemory) copy_async_commit();
+  }
+  // Until all stages but the last `pending` have arrived.
+  template <int pending>
+  __device__ __forceinline__ static void wait() {
+    if constexpr (Resources::kInSharedMemory) copy_async_wait<pending>();
+  }
+
+  __device__ __forceinline__ void fetch(int stage, int64_t k) {
+    if (k >= args_.rows_of_group) return;
+    int64_t offset[3];
+    args_.layout.offsets(args_.layout.row_of_group(group_, k), offset);
+    offsets_[stage * W::kBlock] = offset[2];
+    const auto* dy = static_cast<const Output<Input, Scale>*>(args_.grad_output) + offset[0];
+    const Input* x = static_cast<const Input*>(args_.input) + offset[1];
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      if (!has(i)) continue;
+      if constexpr (Resources::kInSharedMemory) {
+        Pack<Input, N>::template copy_async<W::kBlock>(place(stage, i), x + column(i));
+        Pack<Output<Input, Scale>, N>::template copy_async<W::kBlock>(
+            place(stage, i) + kGradPlace, dy + column(i));
       } else {
-        return load_scale(i);
-      }
-    };
-    float grad_scale[accesses][N];
-#pragma unroll
-    for (int i = 0; i < accesses; ++i) {
-      if constexpr (keeps_scale) kept_scale[i] = load_scale(i);
-#pragma unroll
-      for (int e = 0; e < N; ++e) grad_scale[i][e] = 0;
-    }
-    if constexpr (cluster > 1) cluster_sync();  // the other blocks have started
-
-    int turn = 0;
-    const int64_t step = args.parts * block_rows;
-#pragma unroll 1
-    for (int64_t first = part * block_rows; first < rows; first += step) {
-      BackwardAccess<Input, Scale, N> now[accesses];
-#pragma unroll
-      for (int i = 0; i < accesses; ++i) now[i] = next[i];
-      Input* grad_input = static_cast<Input*>(args.grad_input) + next_grad_input;
-      const bool live = first + sub < rows;
-      fetch(first + step + sub);
-      // Needed after the reduction only. There are no registers to carry its place from row to row.
-      Pack<Input, N> added[kAdds ? accesses : 1];
-      if constexpr (kAdds) {
-        int64_t offset[4];
-        args.layout.offsets(args.layout.row_of_group(group, first + sub), offset);
-        const Input* more = static_cast<const Input*>(args.grad_new_residual) + offset[3];
-#pragma unroll
-        for (int i = 0; i < accesses; ++i) {
-          if (live && column(i) < dim) added[i].load_streaming(more + column(i));
-        }
-      }
-
-      float sums[2] = {0, 0};
-#pragma unroll
-      for (int i = 0; i < accesses; ++i) now[i].add_to(sums, scale_of(i));
-      row_sum<threads, cluster>(
-          sums, buffer + turn * kRowSumBuffer<W::kBlock, threads, cluster, 2>);
-      turn ^= 1;
-      if (!live) continue;
-      const RowStatistics<float> statistics = statistics_of(sums, args.dim, args.eps);
-#pragma unroll
-      for (int i = 0; i < accesses; ++i) {
-        if (args.grad_input && column(i) < dim) {
-          now[i].template write_grad_input<kAdds>(
-              statistics, scale_of(i), added[kAdds ? i : 0], grad_input + column(i));
-        }
-        if (args.grad_scale) now[i].add_to_grad_scale(grad_scale[i], statistics.rstd);
-      }
-    }
-    if (!args.grad_scale) return;
-
-    // Add up the rows that lie side by side in the block.
-    if constexpr (block_rows > 1) {
-      buffer += 2 * kRowSumBuffer<W::kBlock, threads, cluster, 2>;
-#pragma unroll
-      for (int half = block_rows / 2; half > 0; half /= 2) {
-        const auto place = [&](int row, int i, int e) -> float& {
-          return buffer[((row * accesses + i) * N + e) * threads + lane];
-        };
-        __syncthreads();
-        if (sub >= half && sub < 2 * half) {
-#pragma unroll
-          for (int i = 0; i < accesses; ++i)
-#pragma unroll
-            for (int e = 0; e < N; ++e) place(sub - half, i, e) = grad_scale[i][e];
-        }
-        __syncthreads();
-        if (sub < half) {
-#pragma unroll
-          for (int i = 0; i < accesses; ++i)
-#pragma unroll
-            for (int e = 0; e < N; ++e) grad_scale[i][e] += place(sub, i, e);
-        }
-      }
-    }
-    if (sub == 0) {
-#pragma unroll
-      for (int i = 0; i < accesses; ++i) {
-        if (column(i) < dim) {
-          write_grad_scale<Scale>(args, group, part, column(i), grad_scale[i]);
-        }
+        next_[i].load(x + column(i), dy + column(i));
       }
     }
   }
+
+  // What is added to the gradient is needed after the rest of its row.
+  __device__ __forceinline__ void fetch_added(int stage, int64_t k) {
+    if constexpr (Resources::kAddedInSharedMemory) {
+      if (k >= args_.rows_of_group) return;
+      const Input* more = added_to(k);
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) {
+        if (!has(i)) continue;
+        Pack<Input, N>::template copy_async<W::kBlock>(
+            place(stage, i) + kAddedPlace, more + column(i));
+      }
+    }
+  }
+  __device__ __forceinline__ Pack<Input, N> added(int stage, int i) const {
+    Pack<Input, N> added;
+    if constexpr (Resources::kAddedInSharedMemory) {
+      added.template load_shared<W::kBlock>(place(stage, i) + kAddedPlace);
+    }
+    return added;
+  }
+  // The same where there is no room for it in shared memory.
+  __device__ __forceinline__ void load_added(int64_t k, Pack<Input, N> (&added)[kAccesses]) const {
+    if constexpr (kAdds) {
+      const Input* more = added_to(k);
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) {
+        if (has(i)) added[i].load_streaming(more + column(i));
+      }
+    }
+  }
+
+  // An access of the row that has arrived in a stage.
+  __device__ __forceinline__ Access access(int stage, int i) const {
+    if constexpr (Resources::kInSharedMemory) {
+      Access access;
+      access.input.template load_shared<W::kBlock>(place(stage, i));
+      access.grad_output.template load_shared<W::kBlock>(place(stage, i) + kGradPlace);
+      return access;
+    } else {
+      return next_[i];
+    }
+  }
+
+  __device__ __forceinline__ Pack<Scale, N> scale(int i) const {
+    if constexpr (Resources::kKeepsScale) {
+      return scale_[i];
+    } else {
+      return load_scale(i);
+    }
+  }
+
+  // Where the gradient of the row goes that is in a stage.
+  __device__ __forceinline__ Input* grad_input(int stage) const {
+    return static_cast<Input*>(args_.grad_input) + offsets_[stage * W::kBlock];
+  }
+
+  __device__ __forceinline__ void write_gradients(
+      const Access& access, int i, const RowStatistics<float>& row, const Pack<Input, N>& added,
+      Input* grad_input) {
+    access.template write_gradients<kAdds>(
+        row, scale(i), added, grad_scale_[i],
+        args_.grad_input && has(i) ? grad_input + column(i) : nullptr);
+  }
+
+  // Writes the thread's sums of grad_scale where no other thread of the block has the same columns.
+  __device__ __forceinline__ void write_grad_scale(int64_t part) const {
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) {
+      if (has(i)) {
+        coreai_torch::write_grad_scale<Scale>(args_, group_, part, column(i), grad_scale_[i]);
+      }
+    }
+  }
+
+  // Adds up the rows that lie side by side in the block, those of a warp first; then writes.
+  __device__ __forceinline__ void write_grad_scale_of_rows(int64_t part, float* slots) {
+    constexpr int threads = W::kRowThreads;
+#pragma unroll
+    for (int offset = threads; offset < kWarp; offset *= 2) {
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          grad_scale_[i][e] += __shfl_xor_sync(0xffffffffu, grad_scale_[i][e], offset);
+        }
+      }
+    }
+    const int slot = threadIdx.x / (threads < kWarp ? kWarp : threads);
+    __syncthreads();  // the last rows have been read
+    if (threads >= kWarp || threadIdx.x % kWarp < threads) {
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          slots[slot * Resources::kRowElements + column(i) + e] = grad_scale_[i][e];
+        }
+      }
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < int(args_.dim); c += W::kBlock) {
+      float sum[1] = {0};
+#pragma unroll
+      for (int i = 0; i < Resources::kSlots; ++i) {
+        sum[0] += slots[i * Resources::kRowElements + c];
+      }
+      coreai_torch::write_grad_scale<Scale>(args_, group_, part, c, sum);
+    }
+  }
+
+ private:
+  // Of the row's threads in this block.
+  static __device__ __forceinline__ int lane() {
+    return W::kBlockRows == 1 ? threadIdx.x : threadIdx.x % W::kRowThreads;
+  }
+
+  static constexpr int kGradPlace = Resources::kInputUnits * W::kBlock;
+  static constexpr int kAddedPlace = kGradPlace + Resources::kGradUnits * W::kBlock;
+
+  __device__ __forceinline__ const Input* added_to(int64_t k) const {
+    int64_t offset[1];
+    args_.layout.offsets(args_.layout.row_of_group(group_, k), offset, 3);
+    return static_cast<const Input*>(args_.grad_new_residual) + offset[0];
+  }
+  __device__ __forceinline__ Word16* place(int stage, int i) const {
+    return places_ + (stage * kAccesses + i) * Resources::kAccessUnits * W::kBlock;
+  }
+  __device__ __forceinline__ Pack<Scale, N> load_scale(int i) const {
+    Pack<Scale, N> pack;
+    const Scale* scale = static_cast<const Scale*>(args_.scale) + group_ * args_.dim;
+    if (has(i)) pack.load_cached(scale + column(i));
+    return pack;
+  }
+
+  const BackwardArgs<kAdds>& args_;
+  const int64_t group_;
+  Word16* const places_;
+  int64_t* const offsets_;  // of the gradients of the rows under way
+  const int first_column_;
+  Pack<Scale, N> scale_[Resources::kKeepsScale ? kAccesses : 1];
+  Access next_[Resources::kInSharedMemory ? 1 : kAccesses];
+  float grad_scale_[kAccesses][N];
+};
+
+// A block visits every `parts`-th batch of the rows of its group. A row is read once; the next ones
+// are under way while it is worked on.
+template <class Input, class Scale, int N, class W, bool kAdds>
+__global__ void __launch_bounds__(W::kBlock, BackwardResources<Input, Scale, N, W, kAdds>::kBlocks)
+    rms_norm_backward_rows(const __grid_constant__ BackwardArgs<kAdds> args) {
+  using Resources = BackwardResources<Input, Scale, N, W, kAdds>;
+  COREAI_TORCH_SHARED_MEMORY(shared);
+  float* const buffer = reinterpret_cast<float*>(shared);
+  BackwardThread<Input, Scale, N, W, kAdds> mine(args, shared + Resources::kSumBytes, 0);
+  const int64_t part = blockIdx.x % unsigned(args.parts);
+  const int64_t rows = args.rows_of_group;
+  const int64_t step = args.parts * W::kBlockRows;
+  const int sub = W::kBlockRows == 1 ? 0 : threadIdx.x / W::kRowThreads;
+#pragma unroll 1
+  for (int stage = 0; stage < args.stages; ++stage) {
+    mine.start(stage, part * W::kBlockRows + sub + stage * step);
+  }
+  let_next_launch_start();
+
+  float* row_buffer = buffer;
+  int stage = 0;
+#pragma unroll 1
+  for (int64_t first = part * W::kBlockRows; first < rows; first += step) {
+    const int64_t k = first + sub;
+    if (args.stages == 2) {
+      mine.template wait<1>();
+    } else {
+      mine.template wait<0>();
+    }
+    BackwardAccess<Input, Scale, N> now[W::kAccesses];
+#pragma unroll
+    for (int i = 0; i < W::kAccesses; ++i) now[i] = mine.access(stage, i);
+    Input* const grad_input = k < rows ? mine.grad_input(stage) : nullptr;
+    if constexpr (!Resources::kInSharedMemory) mine.fetch(stage, k + step);
+    float sums[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < W::kAccesses; ++i) now[i].add_to(sums, mine.scale(i));
+    // Into the place of this row, which has been read by now.
+    if constexpr (Resources::kInSharedMemory) mine.fetch(stage, k + args.stages * step);
+    row_sum<W::kRowThreads, 1>(sums, row_buffer);
+    row_buffer = row_buffer == buffer ? buffer + Resources::kSumBuffer : buffer;
+    if (k < rows) {
+      const RowStatistics<float> statistics = statistics_of(sums, args.mean);
+#pragma unroll
+      for (int i = 0; i < W::kAccesses; ++i) {
+        if constexpr (W::kAccesses > 2) now[i].stay_packed();
+        mine.write_gradients(now[i], i, statistics, mine.added(stage, i), grad_input);
+      }
+    }
+    mine.fetch_added(stage, k + args.stages * step);
+    mine.commit();
+    stage = stage + 1 == args.stages ? 0 : stage + 1;
+  }
+  if (!args.grad_scale) return;
+  if constexpr (W::kBlockRows == 1) {
+    mine.write_grad_scale(part);
+  } else {
+    mine.write_grad_scale_of_rows(part, reinterpret_cast<float*>(shared + Resources::kSumBytes));
+  }
 }
 
-// Numbers of shared memory that rms_norm_backward_rows() takes.
-template <int N, class W>
-constexpr int kBackwardBuffer = 2 * kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 2> +
-                                W::kBlockRows / 2 * W::kAccesses * N * W::kRowThreads;
+// The same for rows that a cluster of blocks shares. A row's sums go around the cluster while the
+// gradients of the row before it are written, so that nobody waits for the barrier.
+constexpr int kClusterStages = 3;  // the row before, this one, the next
+
+template <class Input, class Scale, int N, class W, bool kAdds>
+__global__ void __launch_bounds__(W::kBlock, 1)
+    rms_norm_backward_clusters(const __grid_constant__ BackwardArgs<kAdds> args) {
+  if constexpr (kHasClusters) {
+    using Resources = BackwardResources<Input, Scale, N, W, kAdds>;
+    COREAI_TORCH_SHARED_MEMORY(shared);
+    float* const buffer = reinterpret_cast<float*>(shared);
+    BackwardThread<Input, Scale, N, W, kAdds> mine(
+        args, shared + Resources::kSumBytes, int(cluster_rank()));
+    const int64_t part = blockIdx.x / W::kCluster % unsigned(args.parts);
+#pragma unroll 1
+    for (int stage = 0; stage < kClusterStages; ++stage) {
+      mine.start(stage, part + stage * args.parts);
+    }
+    let_next_launch_start();
+    cluster_sync();  // the other blocks have started
+
+    RowStatistics<float> statistics = {};
+    int turn = 0;
+    int stage = 0;
+    int stage_before = kClusterStages - 1;
+#pragma unroll 1
+    for (int64_t k = part;; k += args.parts) {
+      const bool live = k < args.rows_of_group;
+      float sums[2] = {0, 0};
+      float* const row_buffer = buffer + turn * Resources::kSumBuffer;
+      Pack<Input, N> added[W::kAccesses];
+      if (k > part) mine.load_added(k - args.parts, added);
+      if (live) {
+        mine.template wait<1>();
+#pragma unroll
+        for (int i = 0; i < W::kAccesses; ++i) {
+          mine.access(stage, i).add_to(sums, mine.scale(i));
+        }
+        send_sums<W::kRowThreads, W::kCluster>(sums, row_buffer);
+        cluster_arrive();
+      }
+      if (k > part) {
+        Input* const grad_input = mine.grad_input(stage_before);
+#pragma unroll
+        for (int i = 0; i < W::kAccesses; ++i) {
+          mine.write_gradients(mine.access(stage_before, i), i, statistics, added[i], grad_input);
+        }
+        mine.fetch(stage_before, k + (kClusterStages - 1) * args.parts);
+        mine.commit();
+      }
+      if (!live) break;
+      cluster_wait();
+      add_received<W::kRowThreads, W::kCluster>(sums, row_buffer);
+      statistics = statistics_of(sums, args.mean);
+      turn ^= 1;
+      stage_before = stage;
+      stage = stage + 1 == kClusterStages ? 0 : stage + 1;
+    }
+    if (args.grad_scale) mine.write_grad_scale(part);
+  }
+}
 
 // Any width, first half: the statistics of every row, one block a row.
 constexpr int kStatisticsBlock = 512;
 
 template <class Input, class Scale, int N>
-__global__ void __launch_bounds__(kStatisticsBlock)
+__global__ void __launch_bounds__(kStatisticsBlock, 2)
     rms_norm_backward_statistics(const __grid_constant__ BackwardArgs<false> args) {
   using Number = Accumulate<Input>;
   COREAI_TORCH_SHARED_MEMORY(shared);
@@ -336,8 +562,7 @@ __global__ void __launch_bounds__(kStatisticsBlock)
         sums, buffer + turn * kRowSumBuffer<kStatisticsBlock, kStatisticsBlock, 1, 2>);
     turn ^= 1;
     if (threadIdx.x == 0) {
-      static_cast<RowStatistics<Number>*>(args.statistics)[row] =
-          statistics_of(sums, args.dim, args.eps);
+      static_cast<RowStatistics<Number>*>(args.statistics)[row] = statistics_of(sums, args.mean);
     }
   }
 }
@@ -349,7 +574,7 @@ template <bool kAdds>
 constexpr int kColumnsBatch = kAdds ? 3 : 4;  // rows under way at once
 
 template <class Input, class Scale, int N, bool kAdds>
-__global__ void __launch_bounds__(kColumnsBlock)
+__global__ void __launch_bounds__(kColumnsBlock, 2)
     rms_norm_backward_columns(const __grid_constant__ BackwardArgs<kAdds> args) {
   using Number = Accumulate<Input>;
   constexpr int64_t slab = int64_t(kColumnsBlock) * N;
@@ -387,52 +612,76 @@ __global__ void __launch_bounds__(kColumnsBlock)
       grad_input[i] = offset[2] + column;
       of_row[i] = statistics[row];
     }
+    Number batch[N] = {};
 #pragma unroll
     for (int i = 0; i < kColumnsBatch<kAdds>; ++i) {
       if (first + i * args.parts >= rows) break;
-      if (args.grad_input) {
-        access[i].template write_grad_input<kAdds>(
-            of_row[i], w, added[i], static_cast<Input*>(args.grad_input) + grad_input[i]);
-      }
-      if (args.grad_scale) access[i].add_to_grad_scale(grad_scale, of_row[i].rstd);
+      access[i].template write_gradients<kAdds>(
+          of_row[i], w, added[i], batch,
+          args.grad_input ? static_cast<Input*>(args.grad_input) + grad_input[i] : nullptr);
     }
+#pragma unroll
+    for (int e = 0; e < N; ++e) grad_scale[e] += batch[e];
   }
   if (args.grad_scale) write_grad_scale<Scale>(args, group, part, column, grad_scale);
 }
 
-// Second stage: grad_scale[group][column] = sum over the parts.
-constexpr int kSumColumns = 32;
-constexpr int kSumWalkers = 32;  // threads that walk down a column's parts
+// Second stage: grad_scale[group][column] = sum over the parts. `lanes` threads of a block take N
+// adjacent columns each; the others walk down the parts, of which narrow rows have many.
+constexpr int kSumBlock = 1024;
 
-template <class Scale, class Number>
-__global__ void __launch_bounds__(kSumColumns* kSumWalkers)
+template <int lanes, int N>
+struct SumShape {
+  static constexpr int kColumns = lanes * N;
+  static constexpr int kWalkers = kSumBlock / lanes;
+};
+
+template <class Scale, class Number, int lanes, int N>
+__global__ void __launch_bounds__(kSumBlock)
     rms_norm_backward_sum(const __grid_constant__ BackwardArgs<false> args) {
+  using Shape = SumShape<lanes, N>;
   COREAI_TORCH_SHARED_MEMORY(shared);
-  const int x = threadIdx.x % kSumColumns;
-  const int y = threadIdx.x / kSumColumns;
-  const int64_t slabs = (args.dim + kSumColumns - 1) / kSumColumns;
+  const int64_t slabs = (args.dim + Shape::kColumns - 1) / Shape::kColumns;
   const int64_t group = blockIdx.x / slabs;
-  const int64_t column = blockIdx.x % slabs * kSumColumns + x;
+  const int64_t first_column = blockIdx.x % slabs * Shape::kColumns;
+  const int64_t column = first_column + threadIdx.x % lanes * N;
   const Number* partial =
       static_cast<const Number*>(args.partial) + group * args.parts * args.dim + column;
-  Number sum[1] = {0};
+  wait_for_last_launch();
+  Number sums[N] = {};
   if (column < args.dim) {
-#pragma unroll 8
-    for (int64_t part = y; part < args.parts; part += kSumWalkers) {
-      sum[0] += partial[part * args.dim];
+#pragma unroll 4
+    for (int64_t part = threadIdx.x / lanes; part < args.parts; part += Shape::kWalkers) {
+      Pack<Number, N> pack;
+      pack.load_stored(partial + part * args.dim);
+#pragma unroll
+      for (int e = 0; e < N; ++e) sums[e] += pack.elements[e];
     }
   }
-  // Turned, so that each warp holds the walkers of one column.
+  // The walkers that a warp has of each column, then the warps.
+#pragma unroll
+  for (int offset = lanes; offset < kWarp; offset *= 2) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], offset);
+  }
   Number* buffer = reinterpret_cast<Number*>(shared);
-  buffer[y * (kSumColumns + 1) + x] = sum[0];
+  const int warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  if (lane < lanes) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) buffer[warp * (Shape::kColumns + 1) + lane * N + e] = sums[e];
+  }
   __syncthreads();
-  sum[0] = buffer[x * (kSumColumns + 1) + y];
-  add_across_lanes<kSumWalkers>(sum);
-  const int64_t written = blockIdx.x % slabs * kSumColumns + y;
-  if (x == 0 && written < args.dim) {
-    Pack<Scale, 1> result;
-    result.pack(sum);
-    result.store_streaming(static_cast<Scale*>(args.grad_scale) + group * args.dim + written);
+#pragma unroll
+  for (int c = warp; c < Shape::kColumns; c += kSumBlock / kWarp) {
+    Number sum[1] = {buffer[lane * (Shape::kColumns + 1) + c]};
+    add_across_lanes<kWarp>(sum);
+    if (lane == 0 && first_column + c < args.dim) {
+      Pack<Scale, 1> result;
+      result.pack(sum);
+      result.store_streaming(
+          static_cast<Scale*>(args.grad_scale) + group * args.dim + first_column + c);
+    }
   }
 }
 
@@ -442,6 +691,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumWalkers)
 template <class Call>
 struct BackwardPlan {
   int64_t parts;
+  int stages;
   int64_t partial_bytes;  // in the workspace, followed by
   int64_t statistics_bytes;
   cudaError_t (*run)(const Call& call, const BackwardPlan& plan, int device, cudaStream_t stream);
@@ -476,7 +726,8 @@ BackwardArgs<kBackwardAdds<Call>> backward_args(
       shape.dim,
       shape.rows / shape.groups,
       plan.parts,
-      shape.eps,
+      plan.stages,
+      Mean(shape.dim, shape.eps),
       layout_of(call),
       nullptr};
   if constexpr (kBackwardAdds<Call>) args.grad_new_residual = call.grad_new_residual;
@@ -486,33 +737,48 @@ BackwardArgs<kBackwardAdds<Call>> backward_args(
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up_16(int64_t bytes) { return ceil_divide(bytes, 16) * 16; }
 
-// As many parts as give every multiprocessor `resident` blocks, but none without rows.
+// As many parts as give every multiprocessor `resident` blocks, but none without rows. A few
+// batches of rows take one block less time than a second launch takes.
+constexpr int64_t kFewBatches = 2;
 inline int64_t parts_of_group(const RmsNormShape& shape, int64_t resident, int64_t rows_at_once) {
   const int64_t most = ceil_divide(shape.rows / shape.groups, rows_at_once);
+  if (most <= kFewBatches) return 1;
   const int64_t wanted = resident / shape.groups;
   return wanted < 1 ? 1 : wanted < most ? wanted : most;
 }
 
-template <class Scale, class Number>
-cudaError_t sum_partials(const BackwardArgs<false>& args, cudaStream_t stream) {
-  const int64_t blocks = args.layout.groups * ceil_divide(args.dim, kSumColumns);
-  constexpr size_t shared = sizeof(Number) * kSumWalkers * (kSumColumns + 1);
+template <class Scale, class Number, int lanes, int N>
+cudaError_t sum_partials(const BackwardArgs<false>& args, int device, cudaStream_t stream) {
+  using Shape = SumShape<lanes, N>;
+  const int64_t blocks = args.layout.groups * ceil_divide(args.dim, Shape::kColumns);
+  constexpr size_t shared = sizeof(Number) * kSumBlock / kWarp * (Shape::kColumns + 1);
   return launch(
-      {blocks, kSumColumns * kSumWalkers, shared, stream}, rms_norm_backward_sum<Scale, Number>,
-      args);
+      {blocks, kSumBlock, shared, stream, 1, has_early_launches(device)},
+      rms_norm_backward_sum<Scale, Number, lanes, N>, args);
 }
 
-template <int N, class W>
-Launch rows_launch(int64_t units, cudaStream_t stream) {
-  return {
-      units * W::kCluster, W::kBlock, sizeof(float) * kBackwardBuffer<N, W>, stream, W::kCluster};
+template <class Resources, class W>
+Launch rows_launch(int64_t units, int stages, cudaStream_t stream) {
+  const size_t shared = Resources::shared_bytes(stages);
+  return {units * W::kCluster, W::kBlock, shared, stream, W::kCluster};
+}
+
+template <class Input, class Scale, int N, class W, bool kAdds>
+constexpr auto rows_kernel() {
+  if constexpr (W::kCluster > 1) {
+    return rms_norm_backward_clusters<Input, Scale, N, W, kAdds>;
+  } else {
+    return rms_norm_backward_rows<Input, Scale, N, W, kAdds>;
+  }
 }
 
 template <class Input, class Scale, int N, class W, class Call>
 cudaError_t run_rows(const Call& call, const BackwardPlan<Call>& plan, int, cudaStream_t stream) {
+  constexpr bool kAdds = kBackwardAdds<Call>;
+  using Resources = BackwardResources<Input, Scale, N, W, kAdds>;
   return launch(
-      rows_launch<N, W>(call.shape.groups * plan.parts, stream),
-      rms_norm_backward_rows<Input, Scale, N, W, kBackwardAdds<Call>>, backward_args(call, plan));
+      rows_launch<Resources, W>(call.shape.groups * plan.parts, plan.stages, stream),
+      rows_kernel<Input, Scale, N, W, kAdds>(), backward_args(call, plan));
 }
 
 template <class Input, class Scale, int N, class Call>
@@ -543,11 +809,20 @@ BackwardPlan<Call> plan_with_access(const Call& call, int device) {
   BackwardPlan<Call> plan = {};
   const bool done = with_width(Candidates{}, ceil_divide(shape.dim, N), [&](auto width) {
     using W = decltype(width);
-    int64_t resident = processors * BackwardRegisters<Input, Scale, N, W, kAdds>::kBlocks;
-    if (W::kCluster > 1) {
+    using Resources = BackwardResources<Input, Scale, N, W, kAdds>;
+    const int shared = shared_memory_of_block(device);
+    int64_t resident = processors * Resources::kBlocks;
+    if constexpr (W::kCluster > 1) {
+      plan.stages = kClusterStages;
+      if (Resources::shared_bytes(plan.stages) > shared) return false;
       resident = resident_clusters(
-          device, rms_norm_backward_rows<Input, Scale, N, W, kAdds>, rows_launch<N, W>(0, nullptr));
+          device, rows_kernel<Input, Scale, N, W, kAdds>(),
+          rows_launch<Resources, W>(0, plan.stages, nullptr));
       if (resident == 0) return false;
+    } else {
+      // Two rows under way, or one where a block of this card has no room for two.
+      plan.stages = N > 1 && Resources::shared_bytes(2) <= shared ? 2 : 1;
+      if (Resources::shared_bytes(plan.stages) > shared) return false;
     }
     plan.parts = parts_of_group(shape, resident, W::kBlockRows);
     plan.run = run_rows<Input, Scale, N, W, Call>;
@@ -598,8 +873,15 @@ cudaError_t rms_norm_backward(const Call& call, int device, cudaStream_t stream)
   const BackwardPlan<Call> plan = plan_backward<Input, Scale>(call, device);
   const cudaError_t error = plan.run(call, plan, device, stream);
   if (error != cudaSuccess || !call.grad_scale || plan.parts == 1) return error;
-  return sum_partials<Scale, Accumulate<Input>>(
-      backward_args(static_cast<const RmsNormBackward&>(call), plan), stream);
+  using Number = Accumulate<Input>;
+  const BackwardArgs<false> args = backward_args(static_cast<const RmsNormBackward&>(call), plan);
+  if (args.dim <= 1024) return sum_partials<Scale, Number, 8, 1>(args, device, stream);
+  if constexpr (kHasRowKernels<Input>) {
+    if (args.dim >= 8192 && args.dim % 4 == 0) {
+      return sum_partials<Scale, Number, 32, 4>(args, device, stream);
+    }
+  }
+  return sum_partials<Scale, Number, 32, 1>(args, device, stream);
 }
 
 }  // namespace coreai_torch

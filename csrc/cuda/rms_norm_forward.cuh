@@ -4,6 +4,7 @@
 #include "coreai_torch/add_rms_norm.h"
 
 #include "alignment.cuh"
+#include "mean.cuh"
 #include "rms_norm_dtypes.cuh"
 #include "row_layout.cuh"
 #include "widths.cuh"
@@ -17,7 +18,7 @@ struct ForwardArgs {
   void* output;
   int64_t dim;
   int64_t first_row;  // of this launch
-  double eps;
+  Mean mean;
   RowLayout<kAdds ? 4 : 2> layout;  // input, output[, residual, new_residual]
   const void* residual;
   void* new_residual;
@@ -56,19 +57,29 @@ __device__ __forceinline__ Accumulate<T> sum_of_squares(const Pack<T, N>& pack) 
   return sum;
 }
 
-template <class Number>
-__device__ __forceinline__ Number rstd_of(Number squares, int64_t dim, double eps) {
-  return reciprocal_sqrt(squares / Number(dim) + Number(eps));
-}
-
 // Blocks of a multiprocessor that the registers have room for.
-template <class W>
-constexpr int kForwardBlocks = W::kBlock == 512 ? 2 : 896 / W::kBlock;
+template <int N, class W>
+constexpr int kForwardBlocks = (N == 1             ? 1536
+                                : W::kBlock >= 512 ? 1024
+                                                   : 896) /
+                               W::kBlock;
 
-// A row is read once and stays packed in registers between its reduction and its output. With kAdds
-// it is the sum of two rows, rounded, which is written as well.
+// Where a thread has more of a row than this, it keeps it in shared memory.
+constexpr int kMostAccessesInRegisters = 6;
+template <int N, class W>
+constexpr bool kRowInSharedMemory = N > 1 && W::kAccesses > kMostAccessesInRegisters;
+
+template <int N, class W>
+constexpr int kForwardSumBytes =
+    (kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 1> * int(sizeof(float)) + 15) / 16 * 16;
+template <int N, class W>
+constexpr int kForwardSharedBytes =
+    kForwardSumBytes<N, W> + (kRowInSharedMemory<N, W> ? W::kAccesses * 16 * W::kBlock : 0);
+
+// A row is read once and stays packed in registers, or in shared memory, between its reduction and
+// its output. With kAdds it is the sum of two rows, rounded, which is written as well.
 template <class Input, class Scale, int N, class W, bool kAdds>
-__global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
+__global__ void __launch_bounds__(W::kBlock, (kForwardBlocks<N, W>))
     rms_norm_forward_rows(const __grid_constant__ ForwardArgs<kAdds> args) {
   constexpr int threads = W::kRowThreads;
   constexpr int accesses = W::kAccesses;
@@ -79,6 +90,7 @@ __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
     COREAI_TORCH_SHARED_MEMORY(shared);
     const int lane = threadIdx.x % threads;
     const int rank = cluster > 1 ? int(cluster_rank()) : 0;
+    if constexpr (cluster > 1) cluster_arrive();
     const int dim = int(args.dim);
     const int64_t row =
         args.first_row + int64_t(blockIdx.x / cluster) * W::kBlockRows + threadIdx.x / threads;
@@ -88,11 +100,20 @@ __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
     const auto column = [=](int i) { return ((i * cluster + rank) * threads + lane) * N; };
 
     const Input* input = static_cast<const Input*>(args.input) + offset[0];
-    Pack<Input, N> x[accesses];
+    constexpr bool in_shared_memory = kRowInSharedMemory<N, W>;
+    static_assert(!(in_shared_memory && kAdds));
+    Word16* const places = reinterpret_cast<Word16*>(shared + kForwardSumBytes<N, W>) + threadIdx.x;
+    Pack<Input, N> x[in_shared_memory ? 1 : accesses];
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
-      if (live && column(i) < dim) x[i].load_streaming(input + column(i));
+      if (!live || column(i) >= dim) continue;
+      if constexpr (in_shared_memory) {
+        Pack<Input, N>::template copy_async<W::kBlock>(places + i * W::kBlock, input + column(i));
+      } else {
+        x[i].load_streaming(input + column(i));
+      }
     }
+    if constexpr (in_shared_memory) copy_async_commit();
     Pack<Input, N> added[kAdds ? accesses : 1];
     if constexpr (kAdds) {
       const Input* residual = static_cast<const Input*>(args.residual) + offset[2];
@@ -123,20 +144,37 @@ __global__ void __launch_bounds__(W::kBlock, kForwardBlocks<W>)
       }
     }
 
+    const auto access = [&](int i) {
+      if constexpr (in_shared_memory) {
+        Pack<Input, N> pack;
+        pack.template load_shared<W::kBlock>(places + i * W::kBlock);
+        return pack;
+      } else {
+        return x[i];
+      }
+    };
+    if constexpr (in_shared_memory) copy_async_wait<0>();
     float sum[1] = {0};
 #pragma unroll
-    for (int i = 0; i < accesses; ++i) sum[0] += sum_of_squares(x[i]);
-    if constexpr (cluster > 1) cluster_sync();  // the other blocks have started
+    for (int i = 0; i < accesses; ++i) {
+      if (in_shared_memory && !(live && column(i) < dim)) continue;
+      sum[0] += sum_of_squares(access(i));
+    }
+    if constexpr (cluster > 1) cluster_wait();  // the other blocks have started
     row_sum<threads, cluster>(sum, reinterpret_cast<float*>(shared));
     if (!live) return;
 
-    const float rstd = rstd_of(sum[0], args.dim, args.eps);
+    if constexpr (!in_shared_memory && accesses > 4) {
+#pragma unroll
+      for (int i = 0; i < accesses; ++i) x[i].stay_packed();
+    }
+    const float rstd = args.mean.rstd(sum[0]);
     auto* output = static_cast<Output<Input, Scale>*>(args.output) + offset[1];
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
       if (column(i) >= dim) continue;
       if constexpr (!scale_first) w[i].load_cached(scale + column(i));
-      write_normalized(x[i], w[i], rstd, output + column(i));
+      write_normalized(access(i), w[i], rstd, output + column(i));
     }
   }
 }
@@ -188,7 +226,7 @@ __global__ void __launch_bounds__(kWideBlock)
   }
   row_sum<kWideBlock, 1>(sum, reinterpret_cast<Number*>(shared));
 
-  const Number rstd = rstd_of(sum[0], args.dim, args.eps);
+  const Number rstd = args.mean.rstd(sum[0]);
   const Scale* scale = static_cast<const Scale*>(args.scale) + args.layout.group_of(row) * args.dim;
   auto* output = static_cast<Output<Input, Scale>*>(args.output) + offset[1];
 #pragma unroll 1
@@ -240,9 +278,9 @@ cudaError_t forward_with_access(const ForwardArgs<kAdds>& args, int device, cuda
   const bool done = with_width(Candidates{}, accesses, [&](auto width) {
     using W = decltype(width);
     constexpr auto kernel = rms_norm_forward_rows<Input, Scale, N, W, kAdds>;
-    constexpr size_t shared =
-        sizeof(float) * kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 1>;
-    const Launch how = {0, W::kBlock, shared, stream, W::kCluster};
+    constexpr int shared = kForwardSharedBytes<N, W>;
+    if (shared > shared_memory_of_block(device)) return false;
+    const Launch how = {0, W::kBlock, size_t(shared), stream, W::kCluster};
     if (W::kCluster > 1 && resident_clusters(device, kernel, how) == 0) return false;
     error = launch_over_rows(how, kernel, args, args.layout.rows, W::kBlockRows);
     return true;
@@ -268,8 +306,9 @@ template <class Input, class Scale, class Call>
 cudaError_t rms_norm_forward(const Call& call, int device, cudaStream_t stream) {
   constexpr bool kAdds = kIsSame<Call, AddRmsNormForward>;
   const RmsNormShape& shape = call.shape;
-  ForwardArgs<kAdds> args = {call.input, call.scale,      call.output, shape.dim, 0,
-                             shape.eps,  layout_of(call), nullptr,     nullptr};
+  ForwardArgs<kAdds> args = {call.input,      call.scale, call.output,
+                             shape.dim,       0,          Mean(shape.dim, shape.eps),
+                             layout_of(call), nullptr,    nullptr};
   if constexpr (kAdds) {
     args.residual = call.residual;
     args.new_residual = call.new_residual;
@@ -285,7 +324,7 @@ cudaError_t rms_norm_forward(const Call& call, int device, cudaStream_t stream) 
                 is_aligned<Input, N>(shape, call.new_residual, call.new_residual_strides);
     }
     if (aligned) {
-      return forward_with_access<Input, Scale, N, ForwardWidths>(args, device, stream);
+      return forward_with_access<Input, Scale, N, ForwardWidths<kAdds>>(args, device, stream);
     }
   }
   return forward_with_access<Input, Scale, 1, ElementWidths<Input, kAdds, ForwardElementWidths>>(

@@ -21,18 +21,19 @@ struct Divisor {
   }
 };
 
+// Integer is uint32_t for dividends below 2^31, else int64_t.
+template <class Integer>
 struct QuotientRemainder {
-  int64_t quotient;
-  int64_t remainder;
+  Integer quotient;
+  Integer remainder;
 };
 
-__device__ __forceinline__ QuotientRemainder divide(int64_t n, const Divisor& d, bool narrow) {
-  if (narrow) {
-    const uint32_t low = uint32_t(n);
-    const uint32_t high = uint32_t((uint64_t(low) * d.multiplier) >> 32);
-    const uint32_t quotient = (high + low) >> d.shift;
-    return {quotient, low - quotient * uint32_t(d.value)};
-  }
+__device__ __forceinline__ QuotientRemainder<uint32_t> divide(uint32_t n, const Divisor& d) {
+  const uint32_t high = uint32_t((uint64_t(n) * d.multiplier) >> 32);
+  const uint32_t quotient = (high + n) >> d.shift;
+  return {quotient, n - quotient * uint32_t(d.value)};
+}
+__device__ __forceinline__ QuotientRemainder<int64_t> divide(int64_t n, const Divisor& d) {
   const int64_t quotient = n / d.value;
   return {quotient, n - quotient * d.value};
 }
@@ -62,31 +63,56 @@ struct RowLayout {
     }
   }
 
-  __device__ __forceinline__ void offsets(int64_t row, int64_t (&offset)[operands]) const {
+  // Of operands first, first + 1, ...
+  template <int count>
+  __device__ __forceinline__ void offsets(
+      int64_t row, int64_t (&offset)[count], int first = 0) const {
+    if (ndim == 1) {
 #pragma unroll
-    for (int k = 0; k < operands; ++k) offset[k] = 0;
-#pragma unroll 1
-    for (int d = ndim - 1; d > 0; --d) {
-      const QuotientRemainder index = divide(row, sizes[d], narrow);
-#pragma unroll
-      for (int k = 0; k < operands; ++k) offset[k] += index.remainder * strides[k][d];
-      row = index.quotient;
+      for (int k = 0; k < count; ++k) offset[k] = row * strides[first + k][0];
+    } else if (narrow) {
+      add_up(uint32_t(row), offset, first);
+    } else {
+      add_up(row, offset, first);
     }
-#pragma unroll
-    for (int k = 0; k < operands; ++k) offset[k] += row * strides[k][0];
   }
 
   // The row of the scale that multiplies this row.
   __device__ __forceinline__ int64_t group_of(int64_t row) const {
     if (groups == 1) return 0;
-    return divide(divide(row, inner, narrow).quotient, group_count, narrow).remainder;
+    if (narrow) return divide(divide(uint32_t(row), inner).quotient, group_count).remainder;
+    return divide(divide(row, inner).quotient, group_count).remainder;
   }
 
   // The k-th of the rows that the scale's row `group` multiplies.
   __device__ __forceinline__ int64_t row_of_group(int64_t group, int64_t k) const {
     if (groups == 1) return k;
-    const QuotientRemainder index = divide(k, inner, narrow);
-    return (index.quotient * groups + group) * inner.value + index.remainder;
+    if (narrow) return row_of_group_as(uint32_t(group), uint32_t(k));
+    return row_of_group_as(group, k);
+  }
+
+ private:
+  template <class Integer, int count>
+  __device__ __forceinline__ void add_up(Integer row, int64_t (&offset)[count], int first) const {
+#pragma unroll
+    for (int k = 0; k < count; ++k) offset[k] = 0;
+#pragma unroll 1
+    for (int d = ndim - 1; d > 0; --d) {
+      const QuotientRemainder<Integer> index = divide(row, sizes[d]);
+#pragma unroll
+      for (int k = 0; k < count; ++k) {
+        offset[k] += int64_t(index.remainder) * strides[first + k][d];
+      }
+      row = index.quotient;
+    }
+#pragma unroll
+    for (int k = 0; k < count; ++k) offset[k] += int64_t(row) * strides[first + k][0];
+  }
+
+  template <class Integer>
+  __device__ __forceinline__ Integer row_of_group_as(Integer group, Integer k) const {
+    const QuotientRemainder<Integer> index = divide(k, inner);
+    return (index.quotient * Integer(groups) + group) * Integer(inner.value) + index.remainder;
   }
 };
 

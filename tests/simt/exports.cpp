@@ -26,7 +26,9 @@ int simt_add_rms_norm_backward(const AddRmsNormBackward* args) {
   return add_rms_norm_backward_cuda(*args, 0, nullptr);
 }
 
-void simt_set_card(int multiprocessors, int clusters) { card = {multiprocessors, clusters != 0}; }
+void simt_set_card(int multiprocessors, int clusters, int shared_memory_of_block) {
+  card = {multiprocessors, clusters != 0, shared_memory_of_block};
+}
 const char* simt_last_error() { return last_error ? last_error : ""; }
 int simt_launches() { return launches; }
 

@@ -60,6 +60,13 @@ constexpr uint64_t kStackGuard = 0x5afe57acc0ffee00;
 
 enum class State : uint8_t { kReady, kInShuffle, kInBlockBarrier, kInClusterBarrier, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  const void* pc;
+};
+
 struct Fiber : Thread {
   char* stack = nullptr;
 #ifdef SIMT_UCONTEXT
@@ -74,6 +81,9 @@ struct Fiber : Thread {
   int lanes = 0;
   const char* file = "start";
   int line = 0;
+  std::vector<Copy> copies;     // under way, in their order
+  std::vector<size_t> batches;  // how many of them each batch has
+  size_t in_open_batch = 0;
 };
 
 struct Warp {
@@ -304,6 +314,9 @@ void run_cluster() {
         enter_cluster_barrier();
         break;
       default:
+        if (!fiber.copies.empty()) {
+          return set_error("a thread ends without waiting for its copies: " + describe(fiber));
+        }
         --live;
         block_has_exits[fiber.block] = true;
     }
@@ -357,6 +370,29 @@ void fail(const char* format, ...) {
   abort();
 }
 
+void copy_async(void* to, const void* from, size_t bytes, const void* pc) {
+  on_access(from, bytes, false, pc);
+  memset(to, 0xff, bytes);  // who reads before waiting finds NaN
+  self()->copies.push_back({to, from, bytes, pc});
+  ++self()->in_open_batch;
+}
+void copy_async_commit() {
+  self()->batches.push_back(self()->in_open_batch);
+  self()->in_open_batch = 0;
+}
+void copy_async_wait(size_t pending) {
+  Fiber* fiber = self();
+  while (fiber->batches.size() > pending) {
+    for (size_t i = 0; i < fiber->batches.front(); ++i) {
+      const Copy& copy = fiber->copies[i];
+      on_access(copy.to, copy.bytes, true, copy.pc);
+      memcpy(copy.to, copy.from, copy.bytes);
+    }
+    fiber->copies.erase(fiber->copies.begin(), fiber->copies.begin() + fiber->batches.front());
+    fiber->batches.erase(fiber->batches.begin());
+  }
+}
+
 void sync_block(const char* file, int line) { meet(State::kInBlockBarrier, file, line); }
 void sync_cluster(const char* file, int line) { meet(State::kInClusterBarrier, file, line); }
 
@@ -403,7 +439,6 @@ const char* run(const Launch& launch, void (*body)(void*), void* context) {
   error.clear();
   if (launch.threads < 1 || launch.threads > 1024) return "not 1 to 1024 threads a block";
   if (launch.blocks < 1 || launch.blocks % launch.cluster) return "not a whole number of clusters";
-  if (launch.shared_bytes > 48 * 1024) return "more shared memory than a launch gets unasked";
   const unsigned cluster = unsigned(launch.cluster);
   block_threads = unsigned(launch.threads);
   shared_bytes = launch.shared_bytes;

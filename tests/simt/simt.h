@@ -56,6 +56,11 @@ void* shared_memory();
 // The place in block `rank` of the cluster that `p` is in this block's shared memory.
 void* map_to_rank(void* p, unsigned rank);
 
+// Copies by the running thread that take place when it waits for them, at the latest possible time.
+void copy_async(void* to, const void* from, size_t bytes, const void* pc);
+void copy_async_commit();
+void copy_async_wait(size_t pending);
+
 // Ends the launch with an error. The text names the running thread and where it last met others.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

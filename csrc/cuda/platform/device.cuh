@@ -110,6 +110,38 @@ __device__ __forceinline__ void store_streaming(Unit* p, Unit v) {
   *p = v;
 }
 
+// ---- copies into shared memory that are under way while the thread goes on ----------------------
+
+// The place belongs to the thread alone until it has waited.
+__device__ __forceinline__ void copy_async(Word16* shared, const Word16* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+}
+// The copies since the last call are a batch, which may be empty.
+__device__ __forceinline__ void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Until all batches but the last `pending` have arrived.
+template <int pending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// ---- launches that follow one another ----------------------------------------------------------
+
+// Lets the next launch take its places on the card, if it was asked to come early.
+__device__ __forceinline__ void let_next_launch_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Of a launch that comes early: until what the one before has written can be read.
+__device__ __forceinline__ void wait_for_last_launch() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- clusters of blocks ------------------------------------------------------------------------
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -121,8 +153,15 @@ __device__ __forceinline__ unsigned cluster_rank() {
   return rank;
 }
 // Not the aligned form: lanes of a warp may come out of a branch one after another.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
 }
 // Writes to the place in block `rank` of the cluster that `p` is in this block's shared memory.
 __device__ __forceinline__ void cluster_store(float* p, unsigned rank, float value) {
@@ -135,6 +174,8 @@ __device__ __forceinline__ void cluster_store(float* p, unsigned rank, float val
 constexpr bool kHasClusters = false;
 
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
 __device__ __forceinline__ void cluster_sync() {}
 __device__ __forceinline__ void cluster_store(float*, unsigned, float) {}
 #endif
@@ -149,6 +190,10 @@ inline int multiprocessors(int device) {
   const int count = attribute(cudaDevAttrMultiProcessorCount, device);
   return count > 0 ? count : 1;
 }
+// The most that a launch can ask for.
+inline int shared_memory_of_block(int device) {
+  return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
 inline cudaError_t fill_zero(void* p, size_t bytes, cudaStream_t stream) {
   return cudaMemsetAsync(p, 0, bytes, stream);
 }
@@ -158,25 +203,47 @@ struct Launch {
   int threads;
   size_t shared_bytes;
   cudaStream_t stream;
-  int cluster = 1;  // blocks in a cluster
+  int cluster = 1;     // blocks in a cluster
+  bool early = false;  // may start before the launch before it has ended: the kernel waits itself
 };
 
-// What the runtime asks to know of a launch; `cluster` must live as long as the result.
-inline cudaLaunchConfig_t launch_config(const Launch& how, cudaLaunchAttribute* cluster) {
+// What the runtime asks to know of a launch; the attributes must live as long as the result.
+using LaunchAttributes = cudaLaunchAttribute[2];
+inline cudaLaunchConfig_t launch_config(const Launch& how, LaunchAttributes& attributes) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = how.shared_bytes;
   config.stream = how.stream;
+  config.attrs = attributes;
   if (how.cluster > 1) {
-    cluster->id = cudaLaunchAttributeClusterDimension;
-    cluster->val.clusterDim.x = static_cast<unsigned>(how.cluster);
-    cluster->val.clusterDim.y = 1;
-    cluster->val.clusterDim.z = 1;
-    config.attrs = cluster;
-    config.numAttrs = 1;
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+  }
+  if (how.early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   }
   return config;
+}
+
+// More shared memory than this has to be asked for.
+constexpr size_t kSharedBytesByDefault = 48 * 1024;
+
+template <class Args>
+cudaError_t allow_shared_memory(void (*kernel)(Args), const Launch& how) {
+  if (how.shared_bytes <= kSharedBytesByDefault) return cudaSuccess;
+  return cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes));
+}
+
+// Can a launch start early? From the Hopper generation on.
+inline bool has_early_launches(int device) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
 }
 
 // How many clusters of such a launch run at once; 0 where there can be none. The card must have
@@ -189,9 +256,10 @@ int resident_clusters(int device, void (*kernel)(Args), Launch how) {
   if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) {
     return 0;
   }
+  if (allow_shared_memory(kernel, how) != cudaSuccess) return 0;
   how.blocks = how.cluster;
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(how, &cluster);
+  LaunchAttributes list;
+  const cudaLaunchConfig_t config = launch_config(how, list);
   int count = 0;
   return cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess ? count : 0;
 }
@@ -199,8 +267,10 @@ int resident_clusters(int device, void (*kernel)(Args), Launch how) {
 template <class Args>
 cudaError_t launch(const Launch& how, void (*kernel)(Args), const Args& args) {
   if (how.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(how, &cluster);
+  if (const cudaError_t error = allow_shared_memory(kernel, how); error != cudaSuccess)
+    return error;
+  LaunchAttributes list;
+  const cudaLaunchConfig_t config = launch_config(how, list);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -85,12 +85,31 @@ SIMT_UNCHECKED __attribute__((noinline)) void store_streaming(Unit* p, Unit v) {
   *p = v;
 }
 
+// ---- copies into shared memory that are under way while the thread goes on ----------------------
+
+SIMT_UNCHECKED __attribute__((noinline)) inline void copy_async(
+    Word16* shared, const Word16* global) {
+  ::simt::copy_async(shared, global, sizeof(Word16), __builtin_return_address(0));
+}
+inline void copy_async_commit() { ::simt::copy_async_commit(); }
+template <int pending>
+void copy_async_wait() {
+  ::simt::copy_async_wait(pending);
+}
+
+// ---- launches that follow one another ----------------------------------------------------------
+
+inline void let_next_launch_start() {}
+inline void wait_for_last_launch() {}
+
 // ---- clusters of blocks ------------------------------------------------------------------------
 
 constexpr bool kHasClusters = true;
 
 inline unsigned cluster_rank() { return ::simt::current->cluster_rank; }
 #define cluster_sync() ::simt::sync_cluster(__FILE__, __LINE__)
+inline void cluster_arrive() {}
+#define cluster_wait() cluster_sync()
 inline void cluster_store(float* p, unsigned rank, float value) {
   *static_cast<float*>(::simt::map_to_rank(p, rank)) = value;
 }
@@ -101,12 +120,14 @@ inline void cluster_store(float* p, unsigned rank, float value) {
 struct Card {
   int multiprocessors = 3;
   bool clusters = true;
+  int shared_memory_of_block = 227 * 1024;
 };
 inline Card card;
 inline const char* last_error = nullptr;  // what went wrong in the last launch
 inline int launches = 0;
 
 inline int multiprocessors(int) { return card.multiprocessors; }
+inline int shared_memory_of_block(int) { return card.shared_memory_of_block; }
 inline cudaError_t fill_zero(void* p, size_t bytes, cudaStream_t) {
   memset(p, 0, bytes);
   return cudaSuccess;
@@ -118,7 +139,10 @@ struct Launch {
   size_t shared_bytes;
   cudaStream_t stream;
   int cluster = 1;
+  bool early = false;
 };
+
+inline bool has_early_launches(int) { return true; }
 
 template <class Args>
 int resident_clusters(int, void (*)(Args), const Launch& how) {
@@ -137,6 +161,10 @@ cudaError_t launch(const Launch& how, void (*kernel)(Args), const Args& args) {
     }
   } call = {kernel, args};
   ++launches;
+  if (how.shared_bytes > size_t(card.shared_memory_of_block)) {
+    last_error = "more shared memory than a block of this card gets";
+    return cudaErrorInvalidConfiguration;
+  }
   last_error =
       ::simt::run({how.blocks, how.threads, how.shared_bytes, how.cluster}, Call::run, &call);
   return last_error ? cudaErrorLaunchFailure : cudaSuccess;
