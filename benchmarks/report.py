@@ -24,6 +24,7 @@ from .targets import COLUMNS, Check, checks, level_checks, slower, slower_elsewh
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 ELSEWHERE = RESULTS / "elsewhere"  # of other machines, and earlier commits
+CARD = RESULTS / "cuda.json"
 README = FOLDER.parent / "README.md"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 BOTH = "forward+backward"
@@ -38,6 +39,7 @@ HEADLINE = (
     ("float32", (1, 4096), "module"),
 )
 HEADLINE_OTHERS = {"torch": "`torch.nn.RMSNorm`", "compile": "`torch.compile` of the formula"}
+CARD_OTHERS = HEADLINE_OTHERS | {"liger": "Liger"}
 
 
 def load(path: Path) -> Record:
@@ -94,13 +96,18 @@ def misses(result: Record, all_checks: list[Check]) -> list[str]:
     return lines
 
 
+def speed_up(cases: Sequence[Record], other: str) -> float | None:
+    """Over another provider, forward and backward: the geometric mean of the cases that it has."""
+    found = [r for case in cases if (r := ratio(case, BOTH, other, "ours"))]
+    return math.exp(sum(map(math.log, found)) / len(found)) if found else None
+
+
 def geometric_means(run: Record) -> list[str]:
     """Of the speed-ups over each provider, forward and backward, over all cases."""
     cells = []
     for name in providers_of(run):
-        found = [r for case in run["cases"] if (r := ratio(case, BOTH, name, "ours"))]
-        if name != "ours" and found:
-            mean = math.exp(sum(map(math.log, found)) / len(found))
+        mean = speed_up(run["cases"], name)
+        if name != "ours" and mean is not None:
             cells.append(f"{mean:.2f} over {name}")
     if not cells:
         return []
@@ -161,7 +168,24 @@ def with_memory_kept(result: Record, run: Record, case: Record) -> float | None:
     return None
 
 
-def readme_block(result: Record, picture: str | None) -> str:
+def on_a_card(result: Record) -> str:
+    """What the README says of a run on a CUDA card: forward and backward, over all cases."""
+    cases = [case for run in result["runs"] for case in run["cases"]]
+    means = [
+        f"{mean:.1f} ({name})"
+        for other, name in CARD_OTHERS.items()
+        if (mean := speed_up(cases, other)) is not None
+    ]
+    env = result["environment"]
+    return (
+        f"On an {env['card']} (PyTorch {env['torch']}, {env['date'][:10]}) the others take, "
+        f"forward and backward, in the geometric mean of {len(cases)} cases, {', '.join(means)} "
+        "times as long as ours. [Its results](benchmarks/results/cuda.md) begin with where ours is "
+        "not the fastest, which there is mostly forward alone."
+    )
+
+
+def readme_block(result: Record, picture: str | None, card: Record | None = None) -> str:
     """What stands between the README's markers: where, the table, the limit of the memory."""
     run, cases = headline(result)
     env = result["environment"]
@@ -208,6 +232,8 @@ def readme_block(result: Record, picture: str | None) -> str:
             ),
             "",
         ]
+    if card is not None:
+        lines += [wrapped(on_a_card(card)), ""]
     lost, cases = len(losses(run)), sum("times" in case for case in run["cases"])
     lines += [
         wrapped(
@@ -273,7 +299,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.with_suffix(".md").write_text(report(load(path)), encoding="utf-8")
     text = report(result, "bandwidth.svg", other_machines(ELSEWHERE))
     (RESULTS / "RESULTS.md").write_text(text, encoding="utf-8")
-    block = readme_block(result, "benchmarks/results/speedup.svg")
+    card = load(CARD) if CARD.exists() else None
+    if card is not None:
+        CARD.with_suffix(".md").write_text(report(card), encoding="utf-8")
+    block = readme_block(result, "benchmarks/results/speedup.svg", card)
     README.write_text(with_block(README.read_text("utf-8"), block), encoding="utf-8")
     print(
         f"wrote {RESULTS}/RESULTS.md, others' reports, the pictures and the block in {README.name}"

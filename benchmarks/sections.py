@@ -61,11 +61,18 @@ def notes(result: Record) -> list[str]:
     return lines
 
 
+def heading(run: Record) -> str:
+    """What tells a run from the others of its report."""
+    if run["device"] == "cuda":
+        return f"On the card, {run['cases'][0]['dtype']}" if run["cases"] else "On the card"
+    return f"{run['mode'].capitalize()} mode, {run['threads']} threads"
+
+
 def figures(run: Record) -> list[str]:
     """The run's table, and how much of it was measured beside a busy neighbour."""
     roof = roof_of(run["mode"])
     cases = [case for case in run["cases"] if "failed" not in case]
-    lines = [f"## {run['mode'].capitalize()} mode, {run['threads']} threads", ""]
+    lines = [f"## {heading(run)}", ""]
     text = (
         f"Allocator: {run['allocator']}. Columns but the first two are times those of "
         f"`{roof}`; lower is faster."

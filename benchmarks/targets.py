@@ -149,7 +149,9 @@ def check(run: Record, case: Record, target: Target) -> Check | None:
 
 def slower(run: Record) -> Iterator[str]:
     """Where ours loses to another implementation, whether or not a target speaks of it."""
-    many = f"{run['mode']}, {run['threads']} threads"
+    many = run["mode"]
+    if many != "cuda":
+        many += f", {run['threads']} threads"
     for case in run["cases"]:
         if "failed" in case:
             yield f"{many}, {case['name']}: **wrong result**, not timed ({case['failed']})"

@@ -43,6 +43,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing",
     "benchmarks/README.md": "performance",
     "benchmarks/results/RESULTS.md": "performance",
+    "benchmarks/results/cuda.md": "performance_cuda",
     "build_backend/README.md": "design",
     "csrc/README.md": "design",
     "tests/simt/README.md": "design",

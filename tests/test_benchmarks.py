@@ -402,7 +402,10 @@ def test_results_and_readme_are_generated():
         of_other = path.with_suffix(".md").read_text(encoding="utf-8")
         assert of_other == report.report(report.load(path)), command
     readme = report.README.read_text(encoding="utf-8")
-    block = report.readme_block(result, "benchmarks/results/speedup.svg")
+    card = report.load(report.CARD)
+    of_card = report.CARD.with_suffix(".md").read_text(encoding="utf-8")
+    assert of_card == report.report(card), command
+    block = report.readme_block(result, "benchmarks/results/speedup.svg", card)
     assert readme == report.with_block(readme, block), command
 
 
