@@ -752,9 +752,9 @@ cudaError_t sum_partials(const BackwardArgs<false>& args, int device, cudaStream
   using Shape = SumShape<lanes, N>;
   const int64_t blocks = args.layout.groups * ceil_divide(args.dim, Shape::kColumns);
   constexpr size_t shared = sizeof(Number) * kSumBlock / kWarp * (Shape::kColumns + 1);
-  return launch(
-      {blocks, kSumBlock, shared, stream, 1, has_early_launches(device)},
-      rms_norm_backward_sum<Scale, Number, lanes, N>, args);
+  constexpr auto kernel = rms_norm_backward_sum<Scale, Number, lanes, N>;
+  const bool early = can_start_early(device, kernel);
+  return launch({blocks, kSumBlock, shared, stream, 1, early}, kernel, args);
 }
 
 template <class Resources, class W>

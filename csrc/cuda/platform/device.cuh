@@ -241,21 +241,24 @@ cudaError_t allow_shared_memory(void (*kernel)(Args), const Launch& how) {
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared_bytes));
 }
 
-// Can a launch start early? From the Hopper generation on.
-inline bool has_early_launches(int device) {
-  return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9;
+// Was the code that was loaded compiled for the Hopper generation or later? PTX of an older target
+// runs on newer cards, too, but has nothing of what they can do.
+template <class Args>
+bool is_for_hopper(void (*kernel)(Args)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
-// How many clusters of such a launch run at once; 0 where there can be none. The card must have
-// clusters, and the code that was loaded must have been compiled for one that has: PTX of an older
-// target runs on newer cards too.
+// Can a launch start early, and wait by itself?
+template <class Args>
+bool can_start_early(int device, void (*kernel)(Args)) {
+  return attribute(cudaDevAttrComputeCapabilityMajor, device) >= 9 && is_for_hopper(kernel);
+}
+
+// How many clusters of such a launch run at once; 0 where there can be none.
 template <class Args>
 int resident_clusters(int device, void (*kernel)(Args), Launch how) {
-  if (attribute(cudaDevAttrClusterLaunch, device) == 0) return 0;
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) {
-    return 0;
-  }
+  if (attribute(cudaDevAttrClusterLaunch, device) == 0 || !is_for_hopper(kernel)) return 0;
   if (allow_shared_memory(kernel, how) != cudaSuccess) return 0;
   how.blocks = how.cluster;
   LaunchAttributes list;

@@ -142,7 +142,10 @@ struct Launch {
   bool early = false;
 };
 
-inline bool has_early_launches(int) { return true; }
+template <class Args>
+bool can_start_early(int, void (*)(Args)) {
+  return true;
+}
 
 template <class Args>
 int resident_clusters(int, void (*)(Args), const Launch& how) {
