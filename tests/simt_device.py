@@ -25,6 +25,13 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "simt"
 SCHEDULES = ("forward", "reverse", "random", "greedy")
 
+# What a few generations have, for Simt.set_card(): Hopper (H100), Ampere (A100), Ada (L4).
+CARDS = {
+    "sm_90": {"clusters": True, "shared_memory_kib": 227},
+    "sm_80": {"clusters": False, "shared_memory_kib": 163},
+    "sm_89": {"clusters": False, "shared_memory_kib": 99},
+}
+
 MAX_DIMS = 64  # kMaxDims of csrc/include/coreai_torch/rms_norm.h
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # in the order of DType
 

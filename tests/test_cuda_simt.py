@@ -6,7 +6,7 @@ import pytest
 import simt_device
 import torch
 from cases import ALL_PAIRS, PAIRS, assert_accurate, names, oracle
-from simt_device import SCHEDULES, Simt, output_dtype
+from simt_device import CARDS, SCHEDULES, Simt, output_dtype
 from torch import Tensor
 
 from coreai_torch import reference
@@ -97,13 +97,13 @@ def test_odd_widths(simt: Simt, pair: Pair, dim: int) -> None:
     check(simt, *make((9, dim), pair))
 
 
-@pytest.mark.parametrize("clusters", [True, False], ids=["clusters", "no-clusters"])
+@pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("pair", MAIN_PAIRS, ids=names)
 @pytest.mark.parametrize("dim", WIDE_WIDTHS)
-def test_wide_rows(simt: Simt, clusters: bool, pair: Pair, dim: int) -> None:
+def test_wide_rows(simt: Simt, card: str, pair: Pair, dim: int) -> None:
     turn = WIDE_WIDTHS.index(dim) + MAIN_PAIRS.index(pair)
     simt.set_schedule(SCHEDULES[turn % 4], seed=turn)
-    simt.set_card(9, clusters=clusters, shared_memory_kib=227 if clusters else 99)
+    simt.set_card(9, **CARDS[card])
     check(simt, *make((3 if dim > 32776 else 9, dim), pair))
 
 
