@@ -116,9 +116,9 @@ bench-quick: $(INSTALLED)  ## a few cases, printed only
 bench-compile: $(INSTALLED)  ## the kernels under torch.compile, and the compiler's own code instead
 	$(BIN)/python -m benchmarks.compile_modes
 
-bench-cuda: $(INSTALLED)  ## measure on a CUDA card and write benchmarks/results/cuda.{json,md}
+bench-cuda: $(INSTALLED)  ## measure on a CUDA card; write benchmarks/results/cuda.{json,md} and README's sentence
 	$(BIN)/python -m benchmarks --device cuda --json benchmarks/results/cuda.json
-	$(BIN)/python -m benchmarks.report benchmarks/results/cuda.json --output benchmarks/results/cuda.md
+	$(BIN)/python -m benchmarks.report
 
 docs: $(INSTALLED)  ## the documentation, in build/docs/html
 	$(BIN)/python -c "import furo, myst_parser" 2> /dev/null || $(BIN)/pip install -q "coreai-torch-rmsnorm[docs]"

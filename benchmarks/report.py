@@ -1,8 +1,8 @@
 """From the committed JSON to RESULTS.md, the plots and the README's table.
 
-python -m benchmarks.report                                    # all of them, of results/cpu.json,
-                                                               # and reports of results/elsewhere/
-python -m benchmarks.report results/cuda.json --output cuda.md  # another file's report alone
+python -m benchmarks.report                                   # all of them, of results/cpu.json,
+                                                              # cuda.json and elsewhere/
+python -m benchmarks.report other.json --output other.md       # another file's report alone
 """
 
 from __future__ import annotations
