@@ -281,6 +281,11 @@ def draw(result: Record, folder: Path) -> None:
     plot.write_speedups(cases, list(HEADLINE_OTHERS), folder / "speedup.svg")
 
 
+def reported_alone() -> list[Path]:
+    """Results that have a report of their own: of other machines, and of a card."""
+    return [*ELSEWHERE.glob("*.json"), *RESULTS.glob(CARD.name)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("json", type=Path, nargs="?", default=RESULTS / "cpu.json")
@@ -295,13 +300,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         draw(result, RESULTS)
     except ImportError as problem:
         print(f"the pictures stay as they are: {problem}")
-    for path in ELSEWHERE.glob("*.json"):
+    for path in reported_alone():
         path.with_suffix(".md").write_text(report(load(path)), encoding="utf-8")
     text = report(result, "bandwidth.svg", other_machines(ELSEWHERE))
     (RESULTS / "RESULTS.md").write_text(text, encoding="utf-8")
     card = load(CARD) if CARD.exists() else None
-    if card is not None:
-        CARD.with_suffix(".md").write_text(report(card), encoding="utf-8")
     block = readme_block(result, "benchmarks/results/speedup.svg", card)
     README.write_text(with_block(README.read_text("utf-8"), block), encoding="utf-8")
     print(

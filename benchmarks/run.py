@@ -151,8 +151,10 @@ def available(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     return [name for name in reasons if name not in skipped], skipped
 
 
-def run_times(options: argparse.Namespace, plan: Plan, threads: int) -> dict[str, Any]:
-    """Measure all cases in this process and print them as they come."""
+def run_times(
+    options: argparse.Namespace, plan: Plan, threads: int, runs: list[dict[str, Any]]
+) -> None:
+    """Measure all cases in this process, and print them as they come; a run joins `runs`."""
     mode = options.mode
     run: dict[str, Any] = {
         **{"device": options.device, "mode": mode, "method": options.method},
@@ -160,6 +162,7 @@ def run_times(options: argparse.Namespace, plan: Plan, threads: int) -> dict[str
     }
     if options.device == "cuda" or options.method == "ring":
         run["copy_bandwidth"] = ring.copy_bandwidth(options.device)
+    runs.append(run)
     roof = tables.roof_of(mode)
     print(
         f"\n{mode} mode: {threads} threads, {cpu.get_level()} kernels, allocator: "
@@ -170,12 +173,7 @@ def run_times(options: argparse.Namespace, plan: Plan, threads: int) -> dict[str
         if not hasattr(coreai_torch.ops, case.op):
             print(f"skipped: {case.name}, coreai_torch.ops has no {case.op}")
             continue
-        try:
-            record = measure(case, plan)
-        except KeyboardInterrupt:
-            print(f"interrupted in {case.name}: what was measured before is kept")
-            options.measures = []  # nothing else, either
-            break
+        record = measure(case, plan)
         run["cases"].append(record)
         if not columns:
             columns = tables.columns_of(run)
@@ -183,11 +181,10 @@ def run_times(options: argparse.Namespace, plan: Plan, threads: int) -> dict[str
         tables.print_row(tables.row(record, columns, roof))
         for name, reason in record.get("skipped", {}).items():
             print(f"    not timed: {name}, {reason}")
-    return run
 
 
 def run_here(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything asked for, in this process and its mode."""
+    """Everything asked for, in this process and its mode, or what there was until Ctrl-C."""
     names, skipped = available(options)
     plan = Plan(names, tuple(options.directions), options.device, options.method, options.effort)
     result: dict[str, Any] = {
@@ -196,12 +193,18 @@ def run_here(options: argparse.Namespace) -> dict[str, Any]:
         "skipped": skipped,
         "runs": [],
     }
+    try:
+        measure_into(result, options, plan)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured before is kept")
+    return result
+
+
+def measure_into(result: dict[str, Any], options: argparse.Namespace, plan: Plan) -> None:
     if "times" in options.measures:
         for threads in options.threads or [torch.get_num_threads()]:
             torch.set_num_threads(threads)
-            result["runs"].append(run_times(options, plan, threads))
-            if not options.measures:
-                break
+            run_times(options, plan, threads, result["runs"])
     others = {
         "host": lambda: overheads.host_times(plan),
         "memory": lambda: overheads.memory_use(plan),
@@ -218,7 +221,6 @@ def run_here(options: argparse.Namespace) -> dict[str, Any]:
             print(f"measuring: {name}", flush=True)
             where = {"mode": options.mode, "threads": torch.get_num_threads()}
             result[name] = where | {"records": measured()}
-    return result
 
 
 def run_both_modes(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:

@@ -46,11 +46,10 @@ def notes(result: Record) -> list[str]:
             for name, same in case.get("same_bits", {}).items():
                 counts.setdefault(name, []).append(same)
     on_cuda = all(run["device"] == "cuda" for run in result["runs"])
-    order = "in an order of its own" if on_cuda else "in its order"
-    same = "" if on_cuda else ": the outputs are equal bit for bit"
+    order = "an order of its own" if on_cuda else "its order: the outputs are equal bit for bit"
     lines = [
         "Not all providers compute the same. Ours does every rounding that the eager reference "
-        f"does, and sums {order}{same}. The compiler fuses the "
+        f"does, and sums in {order}. The compiler fuses the "
         "formula, leaves out the rounding to 16 bits between normalization and scale, which is "
         "less work, and sums in another order.",
         "",
@@ -65,7 +64,7 @@ def heading(run: Record) -> str:
     """What tells a run from the others of its report."""
     if run["device"] == "cuda":
         return f"On the card, {run['cases'][0]['dtype']}" if run["cases"] else "On the card"
-    return f"{run['mode'].capitalize()} mode, {run['threads']} threads"
+    return where(run).capitalize()
 
 
 def figures(run: Record) -> list[str]:

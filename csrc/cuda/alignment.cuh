@@ -1,10 +1,12 @@
-// Can an operand be accessed N elements at a time?
+// Can an operand be accessed N elements at a time? Where does what is aligned to 16 bytes begin?
 #pragma once
 
 #include "coreai_torch/rms_norm.h"
 #include "pack.cuh"
 
 namespace coreai_torch {
+
+constexpr int64_t round_up_16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 template <class T, int N>
 bool is_aligned(const void* p) {

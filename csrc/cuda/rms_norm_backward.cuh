@@ -180,7 +180,7 @@ struct BackwardResources {
       W::kBlockRows > 1 ? kSlots * kRowElements * int(sizeof(float)) : 0;
 
   static constexpr int kSumBuffer = kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 2>;
-  static constexpr int kSumBytes = (2 * kSumBuffer * int(sizeof(float)) + 15) / 16 * 16;
+  static constexpr int kSumBytes = int(round_up_16(2 * kSumBuffer * sizeof(float)));
 
   static constexpr int shared_bytes(int stages) {
     const int bytes = stages * kStageBytes;
@@ -735,7 +735,6 @@ BackwardArgs<kBackwardAdds<Call>> backward_args(
 }
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up_16(int64_t bytes) { return ceil_divide(bytes, 16) * 16; }
 
 // As many parts as give every multiprocessor `resident` blocks, but none without rows. A few
 // batches of rows take one block less time than a second launch takes.

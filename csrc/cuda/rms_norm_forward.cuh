@@ -69,12 +69,12 @@ constexpr int kMostAccessesInRegisters = 6;
 template <int N, class W>
 constexpr bool kRowInSharedMemory = N > 1 && W::kAccesses > kMostAccessesInRegisters;
 
-template <int N, class W>
+template <class W>
 constexpr int kForwardSumBytes =
-    (kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 1> * int(sizeof(float)) + 15) / 16 * 16;
+    int(round_up_16(kRowSumBuffer<W::kBlock, W::kRowThreads, W::kCluster, 1> * sizeof(float)));
 template <int N, class W>
 constexpr int kForwardSharedBytes =
-    kForwardSumBytes<N, W> + (kRowInSharedMemory<N, W> ? W::kAccesses * 16 * W::kBlock : 0);
+    kForwardSumBytes<W> + (kRowInSharedMemory<N, W> ? W::kAccesses * 16 * W::kBlock : 0);
 
 // A row is read once and stays packed in registers, or in shared memory, between its reduction and
 // its output. With kAdds it is the sum of two rows, rounded, which is written as well.
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(W::kBlock, (kForwardBlocks<N, W>))
     const Input* input = static_cast<const Input*>(args.input) + offset[0];
     constexpr bool in_shared_memory = kRowInSharedMemory<N, W>;
     static_assert(!(in_shared_memory && kAdds));
-    Word16* const places = reinterpret_cast<Word16*>(shared + kForwardSumBytes<N, W>) + threadIdx.x;
+    Word16* const places = reinterpret_cast<Word16*>(shared + kForwardSumBytes<W>) + threadIdx.x;
     Pack<Input, N> x[in_shared_memory ? 1 : accesses];
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {

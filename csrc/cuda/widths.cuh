@@ -7,7 +7,7 @@
 namespace coreai_torch {
 
 // `row_threads` threads of each of `cluster` blocks share a row; each holds `accesses` accesses of
-// it in registers. A block has at least `least_block` threads, so narrow rows lie side by side in
+// it. A block has at least `least_block` threads, so narrow rows lie side by side in
 // it.
 template <int row_threads, int accesses, int cluster_ = 1, int least_block = 128>
 struct Width {
