@@ -9,6 +9,7 @@ sp     tensor and sequence parallel: matrices are cut, activations between them 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import torch
@@ -150,6 +151,17 @@ class Processes:
             dist.all_reduce(value)
         return value.item() / self.count
 
-    def finish(self) -> None:
-        if self.kind is not None:
-            dist.destroy_process_group()
+    def finish(self, status: int) -> int:
+        """The last thing a process does; one of several ends here, with that exit status.
+
+        It ends without what Python does at its end. DTensor's caches keep the group and gloo's
+        threads beyond destroy_process_group(), and a thread that only then lets go of the tensor
+        of the last collective would abort the process: "terminate called without an active
+        exception".
+        """
+        if self.kind is None:
+            return status
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

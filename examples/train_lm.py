@@ -529,15 +529,14 @@ def main() -> int:
     train(lanes, data, cfg, args)
     validation = [validation_loss(lane, held_out, cfg) for lane in lanes]
     shares = norm_shares(lanes, data, cfg)
-    processes.finish()
     if not processes.first:
-        return 0
+        return processes.finish(0)
     draw_curves(lanes, cfg, args.out / "loss.png")
     print(report(lanes, validation, shares, cfg))
     if slowdown(lanes) > BUSY:
         print(f"Speeds are unreliable: the median step took {slowdown(lanes):.1f} x the fastest.")
     print(f"Curves and checkpoint are in {args.out}.")
-    return 0 if len(lanes) == 1 or verdict(lanes, cfg) else 1
+    return processes.finish(0 if len(lanes) == 1 or verdict(lanes, cfg) else 1)
 
 
 if __name__ == "__main__":
