@@ -2,7 +2,8 @@
 #include "cpu/simd/float64.h"
 
 #include "cpu/add_rms_norm_kernels.h"
-#include "cpu/rms_norm_rows.h"
+#include "cpu/rms_norm_backward.h"
+#include "cpu/rms_norm_forward.h"
 
 namespace coreai_torch {
 

@@ -4,7 +4,8 @@
 #include "cpu/simd/simd.h"
 
 #include "cpu/add_rms_norm_kernels.h"
-#include "cpu/rms_norm_rows.h"
+#include "cpu/rms_norm_backward.h"
+#include "cpu/rms_norm_forward.h"
 
 namespace coreai_torch {
 

@@ -1,7 +1,8 @@
 // The RMSNorm kernels for float64 input, compiled once, for the baseline.
 #include "cpu/simd/float64.h"
 
-#include "cpu/rms_norm_rows.h"
+#include "cpu/rms_norm_backward.h"
+#include "cpu/rms_norm_forward.h"
 
 namespace coreai_torch {
 

@@ -2,7 +2,8 @@
 // flags and COREAI_TORCH_CPU_LEVEL set to its identifier; the table is all that it exports.
 #include "cpu/simd/simd.h"
 
-#include "cpu/rms_norm_rows.h"
+#include "cpu/rms_norm_backward.h"
+#include "cpu/rms_norm_forward.h"
 
 namespace coreai_torch {
 

@@ -20,21 +20,19 @@
 //   stream(T*, Pair)           like store, past the caches; the address is a multiple of 64 bytes
 //   stream_end(const T*)       makes what was streamed there visible to other threads
 //   kPrefersNormal<T>          is rounding to T faster if no number is denormal? A caller that
-//   knows
-//                              (zeros may be there) says so by its type: store, store_first, stream
-//                              and round_to<T> take a Normal, which is a Pair, as well
+//                              knows (zeros may be there) says so by its type: store, store_first,
+//                              stream and round_to<T> take a Normal, which is a Pair, as well
 //   Smallest                   the means to know: of all numbers but zero that are added to it, the
 //                              smallest magnitude, rounded up to a bfloat16; only with
 //                              kPrefersNormal
 //   kIsNative<T>               does the processor compute with T itself, rounding once? To 16 bits,
-//   that
-//                              is what rounding the result in Real gives, which has more than twice
-//                              as many digits (S. A. Figueroa, When is double rounding innocuous?,
-//                              1995)
+//                              that is what rounding the result in Real gives, which has more than
+//                              twice as many digits (S. A. Figueroa, When is double rounding
+//                              innocuous?, 1995)
 //   Native                     then: Pair::kLanes numbers of type T, with + and *, store,
-//   store_first,
-//                              stream, load_native(const T*), load_native_first(const T*, n) and
-//                              rounded(Pair), widened() from and to a Pair
+//                              store_first, stream, load_native(const T*),
+//                              load_native_first(const T*, n) and rounded(Pair), widened() from and
+//                              to a Pair
 //   kForwardRows               rows normalised together, as many as the registers hold
 //
 // Files of a level see no header with external inline functions (no torch, no STL): the linker

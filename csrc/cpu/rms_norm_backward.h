@@ -1,0 +1,317 @@
+// Backward of RMSNorm, and of the residual add and RMSNorm. `backward` is the kernel, after which
+// `reduce` sums grad_scale over the chunks of rows that tasks have left in the workspace.
+#pragma once
+
+#include "cpu/rms_norm_rows.h"
+
+namespace coreai_torch {
+namespace {
+
+inline RowCursor<3> cursor_of(const RmsNormBackward& args) {
+  return {args.shape, {args.grad_output_strides, args.input_strides, args.grad_input_strides}};
+}
+inline RowCursor<4> cursor_of(const AddRmsNormBackward& args) {
+  return {
+      args.shape,
+      {args.grad_output_strides, args.input_strides, args.grad_input_strides,
+       args.grad_new_residual_strides}};
+}
+
+// Up to kBlockRows rows of backward that share a scale row.
+template <class Input, class Output>
+struct BackwardBlock {
+  const Output* grad_output[kBlockRows];
+  const Input* input[kBlockRows];
+  Input* grad_input[kBlockRows];
+  const Input* grad_new_residual[kBlockRows];  // of the residual add
+  // From a row to the same row of the next block, which is asked for.
+  int64_t grad_output_ahead, input_ahead, grad_new_residual_ahead;
+  Quad rstd;
+  Quad mean_dot;  // mean(grad_output * scale * normalized)
+};
+
+// Rows of so few steps are summed two by two, since they share what they read of the scale. Longer
+// ones are summed one by one, which prefetchers follow.
+constexpr int64_t kFewSteps = 4;
+
+// Fills rstd and mean_dot of the first `rows` rows.
+template <bool kGradInput, bool kAskAhead, class Input, class Scale, class Output>
+COREAI_TORCH_INLINE void backward_statistics(
+    const RowLength& length, double eps, const Scale* scale, int rows,
+    BackwardBlock<Input, Output>& block) {
+  Vector squares[kQuad], products[kQuad];
+  const auto sum = [&](auto group, int first) COREAI_TORCH_INLINE_LAMBDA {
+    constexpr int kRows = decltype(group)::value;
+    constexpr int kSums = kGradInput ? 2 * kRows : kRows;
+    const Input* input[kRows];
+    const Output* grad_output[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      input[r] = block.input[first + r];
+      grad_output[r] = block.grad_output[first + r];
+    }
+    const int64_t ahead = block.grad_output_ahead;
+    Vector lanes[kSums];
+    Nothing nothing;
+    row_sums<ByHalves, kSums>(
+        length,
+        [=](auto part, int64_t i, Pair* terms, Nothing&) COREAI_TORCH_INLINE_LAMBDA {
+          Pair w;
+          if constexpr (kGradInput) w = part.load_from(scale + i);
+          unrolled<kRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
+            const Pair x = part.load_from(input[r] + i);
+            terms[r] = x * x;
+            if constexpr (kAskAhead) prefetch<kSecondCache>(grad_output[r] + ahead + i);
+            if constexpr (kGradInput) {
+              terms[kRows + r] = part.load_from(grad_output[r] + i) * w * x;
+            }
+          });
+        },
+        lanes, nullptr, nothing);
+    for (int r = 0; r < kRows; ++r) {
+      squares[first + r] = lanes[r];
+      if constexpr (kGradInput) products[first + r] = lanes[kRows + r];
+    }
+  };
+  if (rows == kBlockRows && length.steps < kFewSteps) {
+    sum(Constant<2>(), 0);
+    sum(Constant<2>(), 2);
+  } else {
+    for (int r = 0; r < rows; ++r) sum(Constant<1>(), r);
+    for (int r = rows; r < kQuad; ++r) {
+      squares[r] = squares[0];
+      products[r] = products[0];
+    }
+  }
+  block.rstd = rstd_of(ByHalves::finish(squares), length, eps);
+  if constexpr (kGradInput) {
+    block.mean_dot = length.mean(ByHalves::finish(products) * block.rstd);
+  }
+}
+
+// Writes the gradients of a block of kRows rows, or of `rows` rows where that is 0. With kAdds,
+// grad_new_residual is added to grad_input.
+template <
+    int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead,
+    class Input, class Scale, class Output>
+inline void backward_rows(
+    int64_t dim, const Scale* scale, int rows, const BackwardBlock<Input, Output>& block,
+    Real* grad_scale, bool first_of_chunk) {
+  if constexpr (kRows != 0) rows = kRows;
+  const Input* input[kBlockRows];
+  const Output* grad_output[kBlockRows];
+  Pair rstd[kBlockRows], mean_dot[kBlockRows];
+  for (int r = 0; r < rows; ++r) {
+    input[r] = block.input[r];
+    grad_output[r] = block.grad_output[r];
+    rstd[r] = splat(block.rstd[r]);
+    if constexpr (kGradInput) mean_dot[r] = splat(block.mean_dot[r]);
+  }
+  for_each_pair(0, dim, [&](auto part, int64_t i) {
+    Pair w, sum, grad_input[kBlockRows];
+    if constexpr (kGradInput) w = part.load_from(scale + i);
+    for (int r = 0; r < rows; ++r) {
+      const Pair normalized = part.load_from(input[r] + i) * rstd[r];
+      const Pair grad = part.load_from(grad_output[r] + i);
+      if constexpr (kGradInput) {
+        grad_input[r] = (grad * w - normalized * mean_dot[r]) * rstd[r];
+        if constexpr (kAdds) {
+          grad_input[r] = grad_input[r] + part.load_from(block.grad_new_residual[r] + i);
+        }
+      }
+      if constexpr (kGradScale) {
+        const Pair term = grad * normalized;
+        sum = r == 0 ? term : sum + term;
+      }
+      if constexpr (kAskAhead) prefetch<kSecondCache>(input[r] + block.input_ahead + i);
+      if constexpr (kAdds) {
+        prefetch<kSecondCache>(block.grad_new_residual[r] + block.grad_new_residual_ahead + i);
+      }
+    }
+    if constexpr (kGradScale) {
+      if (!first_of_chunk) sum = part.load_from(grad_scale + i) + sum;
+      part.store_to(grad_scale + i, sum);
+    }
+    // Only now: rows are often a multiple of 4096 bytes apart, and a processor takes a load for
+    // dependent on an earlier store whose address has the same last 12 bits.
+    if constexpr (kGradInput) {
+      for (int r = 0; r < rows; ++r) {
+        if constexpr (kStream && kSame<decltype(part), Whole>) {
+          Streamed().store_to(block.grad_input[r] + i, grad_input[r]);
+        } else {
+          part.store_to(block.grad_input[r] + i, grad_input[r]);
+        }
+      }
+    }
+  });
+}
+
+// Is the next block of backward asked for, the gradients while one is summed and the rest while it
+// is written, so that memory is at work while conversions are? In 16 bits, where rows have 1 KiB.
+// In float32, where they are streamed and have 4 KiB; prefetchers do as well with shorter ones.
+// Other rows need that only where they are scattered, and ask for what is there, which costs
+// little, but for short float32 rows: those of known length are not asked for unless they are
+// scattered. Those of grad_new_residual, which are not read while a block is summed, always are in
+// float32.
+template <bool kStream, class Input>
+inline bool is_worth_fetching(int64_t row_bytes) {
+  constexpr int kRows = sizeof(Input) == 2 ? kBlockRows : kFewBlockRows;
+  if (2 * kRows * row_bytes > kMostAhead<kStream>) return false;
+  return sizeof(Input) == 2 ? row_bytes >= 1024 : kStream && row_bytes >= 4096;
+}
+
+// kAskAhead: where that is worth it. kDim: of with_known_dim().
+template <
+    bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead, int kDim, class Input,
+    class Scale, class Args>
+void backward_tasks(const Args& args, int64_t begin, int64_t end) {
+  constexpr bool kAdds = kSame<Args, AddRmsNormBackward>;
+  using Output = typename DTypeRule<Input, Scale>::Output;
+  const RmsNormShape& shape = args.shape;
+  const int64_t dim = kDim != 0 ? kDim : shape.dim;
+  const BackwardPlan plan = backward_plan(shape);
+  auto cursor = cursor_of(args);
+  const RowLength length(dim);
+  const bool fetches = is_worth_fetching<kStream, Input>(dim * int64_t(sizeof(Input)));
+  const int turns_dim = dim_of_turns(shape, args.input_strides);
+  BackwardBlock<Input, Output> block;
+  for (int64_t task = begin; task < end;) {
+    // The same chunk of groups [first, last).
+    int64_t chunk, first, last;
+    if (turns_dim < 0) {
+      first = task / plan.chunks_per_group;
+      last = first + 1;
+      chunk = task % plan.chunks_per_group;
+    } else {
+      first = task % shape.groups;
+      last = first + (end - task) < shape.groups ? first + (end - task) : shape.groups;
+      chunk = task / shape.groups;
+    }
+    task += last - first;
+    const int64_t chunk_begin = chunk * plan.chunk_rows;
+    const int64_t left = plan.rows_per_group - chunk_begin;
+    const int64_t chunk_rows = left < plan.chunk_rows ? left : plan.chunk_rows;
+
+    int64_t run_left = 0;  // rows before the group goes on elsewhere
+    for (int64_t done = 0; done < chunk_rows; done += plan.block_rows) {
+      const int rows =
+          int(chunk_rows - done < plan.block_rows ? chunk_rows - done : plan.block_rows);
+      for (int r = 0; r < rows; ++r) {
+        if (run_left > 0) {
+          cursor.next();
+        } else {
+          const int64_t run = (chunk_begin + done + r) / shape.inner;
+          const int64_t in_run = (chunk_begin + done + r) % shape.inner;
+          cursor.seek((run * shape.groups + first) * shape.inner + in_run);
+          run_left = shape.inner - in_run;
+        }
+        --run_left;
+        block.grad_output[r] = (const Output*)args.grad_output + cursor.offset(0);
+        block.input[r] = (const Input*)args.input + cursor.offset(1);
+        block.grad_input[r] = (Input*)args.grad_input + cursor.offset(2);
+        if constexpr (kAdds) {
+          block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
+        }
+      }
+      const int ahead = fetches || cursor.step(1) != dim ? plan.block_rows : 0;
+      block.grad_output_ahead = ahead * cursor.step(0);
+      block.input_ahead = ahead * cursor.step(1);
+      if constexpr (kAdds) {
+        block.grad_new_residual_ahead =
+            (sizeof(Input) > 2 ? plan.block_rows : ahead) * cursor.step(3);
+      }
+      for (int64_t group = first;;) {
+        const Scale* scale = (const Scale*)args.scale + group * dim;
+        Real* grad_scale =
+            kGradScale ? (Real*)args.workspace + (group * plan.chunks_per_group + chunk) * dim
+                       : nullptr;
+        backward_statistics<kGradInput, kAskAhead>(length, shape.eps, scale, rows, block);
+        const auto write = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
+          constexpr int kRows = decltype(count)::value;
+          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStream, kAskAhead>(
+              dim, scale, rows, block, grad_scale, done == 0);
+        };
+        if (rows == kBlockRows) {
+          write(Constant<kBlockRows>());
+        } else if (sizeof(Input) > 2 && rows == kFewBlockRows) {
+          write(Constant<kFewBlockRows>());
+        } else {
+          write(Constant<0>());
+        }
+        if (++group == last) break;
+        for (int r = 0; r < rows; ++r) {
+          block.grad_output[r] += cursor.stride(0, turns_dim);
+          block.input[r] += cursor.stride(1, turns_dim);
+          block.grad_input[r] += cursor.stride(2, turns_dim);
+          if constexpr (kAdds) block.grad_new_residual[r] += cursor.stride(3, turns_dim);
+        }
+      }
+    }
+  }
+}
+
+template <class Input, class Scale, class Args>
+void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
+  if constexpr (kSame<Args, RmsNormBackward>) {
+    if (args.grad_input == nullptr) {
+      backward_tasks<false, true, false, true, 0, Input, Scale>(args, begin, end);
+      return;
+    }
+  }
+  if (args.grad_scale == nullptr) {
+    backward_tasks<true, false, false, true, 0, Input, Scale>(args, begin, end);
+    return;
+  }
+  if constexpr (kStreams) {
+    if (stream) {
+      backward_tasks<true, true, true, true, 0, Input, Scale>(args, begin, end);
+      stream_end((const Input*)args.grad_input);
+      return;
+    }
+  }
+  with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
+    constexpr int kDim = decltype(known_dim)::value;
+    if constexpr (kDim != 0 && sizeof(Input) > 2) {
+      const int last = args.shape.row_ndim - 1;
+      const bool are_scattered = last >= 0 && args.input_strides[last] != kDim;
+      if (!are_scattered) {
+        backward_tasks<true, true, false, false, kDim, Input, Scale>(args, begin, end);
+        return;
+      }
+    }
+    backward_tasks<true, true, false, true, kDim, Input, Scale>(args, begin, end);
+  });
+}
+
+// The sum of `count` rows of the workspace, pairwise.
+template <class Part>
+Pair sum_chunks(Part part, const Real* first, int64_t stride, int64_t count) {
+  constexpr int64_t kInOrder = 8;
+  if (count > kInOrder) {
+    const int64_t half = (count / 2 + kInOrder - 1) / kInOrder * kInOrder;
+    return sum_chunks(part, first, stride, half) +
+           sum_chunks(part, first + half * stride, stride, count - half);
+  }
+  Pair sum = part.load_from(first);
+  for (int64_t k = 1; k < count; ++k) sum = sum + part.load_from(first + k * stride);
+  return sum;
+}
+
+template <class Scale>
+void reduce(const RmsNormBackward& args, bool, int64_t begin, int64_t end) {
+  const int64_t dim = args.shape.dim;
+  const int64_t chunks = backward_plan(args.shape).chunks_per_group;
+  const int64_t blocks_per_group = (dim + kReduceColumns - 1) / kReduceColumns;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t group = block / blocks_per_group;
+    const int64_t first = block % blocks_per_group * kReduceColumns;
+    const int64_t last = first + kReduceColumns < dim ? first + kReduceColumns : dim;
+    const Real* partial = (const Real*)args.workspace + group * chunks * dim;
+    Scale* grad_scale = (Scale*)args.grad_scale + group * dim;
+    for_each_pair(first, last, [&](auto part, int64_t i) {
+      part.store_to(grad_scale + i, sum_chunks(part, partial + i, dim, chunks));
+    });
+  }
+}
+
+}  // namespace
+}  // namespace coreai_torch
