@@ -195,6 +195,42 @@ def test_16_bit_numbers_of_every_size(dtype, level):
             assert_same_bits(output, reference.rms_norm(a + r, w))
 
 
+SCALES_OF_NANS = {
+    "bfloat16": lambda nans: nans,
+    "float32": lambda nans: torch.full((nans.numel(),), 0x7FFFFFFF, dtype=torch.int32).view(
+        torch.float32
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", SCALES_OF_NANS)
+def test_every_nan_of_bfloat16_stays_one(scale, level):
+    """Rounded like numbers, some would be infinite or zero."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    nans = bits.view(torch.bfloat16)
+    nans = nans[nans.isnan()]
+    count, dim = nans.numel(), 70
+    r, numbers = (torch.randn(count, dim).bfloat16() for _ in range(2))
+    one_each = numbers.clone()
+    places = torch.arange(count), torch.arange(count) % dim
+    one_each[places] = nans
+    w, nan_w = torch.randn(dim).to(getattr(torch, scale)), SCALES_OF_NANS[scale](nans)
+
+    assert ops.rms_norm(one_each, w).isnan().all()
+    assert ops.rms_norm(torch.randn(5, count).bfloat16(), nan_w).isnan().all()
+    output, total = ops.add_rms_norm(one_each, r, w)
+    assert output.isnan().all()
+    assert_same_bits(total, one_each + r)
+
+    for x, grad in ((one_each, numbers), (numbers, one_each)):
+        x = x.clone().requires_grad_()
+        ops.rms_norm(x, w).backward(grad)
+        assert x.grad.isnan().all()
+    x = torch.randn(5, count).bfloat16().requires_grad_()
+    ops.rms_norm(x, nan_w).sum().backward()
+    assert x.grad.isnan().all()
+
+
 def test_a_row_does_not_depend_on_the_others():
     x, w = torch.randn(257, 1000, dtype=torch.bfloat16), torch.randn(1000)
     whole = ops.rms_norm(x, w)

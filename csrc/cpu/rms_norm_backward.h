@@ -136,9 +136,9 @@ inline void backward_rows(
     if constexpr (kGradInput) {
       for (int r = 0; r < rows; ++r) {
         if constexpr (kStream && kSame<decltype(part), Whole>) {
-          Streamed().store_to(block.grad_input[r] + i, grad_input[r]);
+          Streamed().store_to(block.grad_input[r] + i, PairOf<Input, Scale>{grad_input[r]});
         } else {
-          part.store_to(block.grad_input[r] + i, grad_input[r]);
+          part.store_to(block.grad_input[r] + i, PairOf<Input, Scale>{grad_input[r]});
         }
       }
     }

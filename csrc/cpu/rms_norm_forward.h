@@ -7,7 +7,7 @@ namespace coreai_torch {
 namespace {
 
 template <class T>
-inline Pair rounded_to(Pair v) {
+inline Pair rounded_to(PairOf<T, T> v) {
   if constexpr (sizeof(T) < sizeof(Real)) {
     return round_to<T>(v);
   } else {
@@ -103,7 +103,7 @@ struct SummedRows {
     if constexpr (kIsNative<Input>) {
       return part.load_native_from(input[r] + i) + part.load_native_from(residual[r] + i);
     } else {
-      return part.load_from(input[r] + i) + part.load_from(residual[r] + i);
+      return PairOf<Input, Input>{part.load_from(input[r] + i) + part.load_from(residual[r] + i)};
     }
   }
   template <class Part>
@@ -119,7 +119,7 @@ struct SummedRows {
   Pair again(Part part, int r, int64_t i) const {
     if constexpr (kStream) {
       const Pair rounded = rounded_to<Input>(sum(part, r, i));
-      part.store_to(new_residual[r] + i, rounded);
+      part.store_to(new_residual[r] + i, PairOf<Input, Input>{rounded});
       return rounded;
     } else {
       return part.load_from(new_residual[r] + i);
@@ -212,8 +212,8 @@ COREAI_TORCH_INLINE auto factors(Part part, const Scale* scale) {
   }
 }
 
-// What forward writes of normalized elements, given factors(). Values is Pair, or Normal where that
-// is known of what is rounded.
+// What forward writes of normalized elements, given factors(). Values is PairOf<Input, Scale>, or
+// Normal where that is known of what is rounded.
 template <class Input, class Scale, class Values, class Factors>
 COREAI_TORCH_INLINE auto scaled(Pair normalized, Factors w) {
   if constexpr (kNativeProduct<Input, Scale>) {
@@ -472,7 +472,7 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     if constexpr (kPrefersNormal<Input>) {
       if (block.normal) return write_rows(Normal(), block);
     }
-    write_rows(Pair(), block);
+    write_rows(PairOf<Input, Scale>(), block);
   };
 
   Block next;
@@ -574,14 +574,16 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
       }
     }
     if (!normal) {
-      rstd = write_row_and_sum_next<Pair>(length, shape.eps, input, scale, rstd, output, kept);
+      rstd = write_row_and_sum_next<PairOf<Input, Scale>>(
+          length, shape.eps, input, scale, rstd, output, kept);
     }
     input += dim;
     output += dim;
   }
   set_scale_of(end - 1);
   const InputRows<Input> last{{input}, 0};
-  forward_rows<1, true, false, Input, Pair>(dim, last, 0, scale, 0, rstd, &output, 0);
+  forward_rows<1, true, false, Input, PairOf<Input, Scale>>(
+      dim, last, 0, scale, 0, rstd, &output, 0);
 }
 
 template <class Input, class Scale, class Args>

@@ -31,6 +31,11 @@ struct DTypeRule {
   using Output = typename Conditional<kOutputIsInput, Input, float>::type;
 };
 
+// A Pair that was computed from numbers of these types.
+template <class Input, class Scale>
+using PairOf =
+    typename Conditional<kSame<Input, BFloat16> && kSame<Scale, BFloat16>, OfBFloat16, Pair>::type;
+
 // Walks through rows and keeps the offset, in elements, of the current row in each of N operands.
 template <int N>
 class RowCursor {

@@ -12,7 +12,11 @@ using Vector = __m256;
 
 struct Pair {
   static constexpr int kLanes = 16;
+  static constexpr bool kHasShortNaNs = false;
   __m256 lo, hi;
+};
+struct OfBFloat16 : Pair {
+  static constexpr bool kHasShortNaNs = true;
 };
 
 constexpr int kForwardRows = 2;
@@ -50,10 +54,12 @@ inline Pair load(const BFloat16* p) {
 
 // The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
 // one). The lower half is rubbish.
+template <class Values>
 inline __m256i bfloat16_in_upper_half(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
+  if constexpr (Values::kHasShortNaNs) return rounded;
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256 is_nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
   return _mm256_castps_si256(
@@ -66,9 +72,10 @@ inline __m256i pack(Pair v, Float16) {
   const __m128i hi = _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(lo), hi, 1);
 }
-inline __m256i pack(Pair v, BFloat16) {
-  const __m256i lo = _mm256_srli_epi32(bfloat16_in_upper_half(v.lo), 16);
-  const __m256i hi = _mm256_srli_epi32(bfloat16_in_upper_half(v.hi), 16);
+template <class Values>
+inline __m256i pack(Values v, BFloat16) {
+  const __m256i lo = _mm256_srli_epi32(bfloat16_in_upper_half<Values>(v.lo), 16);
+  const __m256i hi = _mm256_srli_epi32(bfloat16_in_upper_half<Values>(v.hi), 16);
   const __m256i packed = _mm256_packus_epi32(lo, hi);  // by 128-bit halves: 0 2 1 3
   return _mm256_permute4x64_epi64(packed, 0xd8);
 }
@@ -81,14 +88,17 @@ inline void store(Float16* p, Pair v) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(BFloat16* p, Pair v) { _mm256_storeu_si256((__m256i*)p, pack(v, BFloat16())); }
+template <class Values>
+inline void store(BFloat16* p, Values v) {
+  _mm256_storeu_si256((__m256i*)p, pack(v, BFloat16()));
+}
 
 inline void stream(float* p, Pair v) {
   _mm256_stream_ps(p, v.lo);
   _mm256_stream_ps(p + 8, v.hi);
 }
-template <class T>
-inline void stream(T* p, Pair v) {
+template <class T, class Values>
+inline void stream(T* p, Values v) {
   _mm256_stream_si256((__m256i*)p, pack(v, T()));
 }
 template <class T>
@@ -104,12 +114,22 @@ inline Pair round_to<Float16>(Pair v) {
       _mm256_cvtph_ps(_mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
       _mm256_cvtph_ps(_mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
 }
-template <>
-inline Pair round_to<BFloat16>(Pair v) {
+template <class Values>
+inline Pair round_to_bfloat16(Values v) {
   const __m256i upper = _mm256_set1_epi32((int)0xffff0000);
   return {
-      _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.lo), upper)),
-      _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half(v.hi), upper))};
+      _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half<Values>(v.lo), upper)),
+      _mm256_castsi256_ps(_mm256_and_si256(bfloat16_in_upper_half<Values>(v.hi), upper))};
+}
+template <>
+inline Pair round_to<BFloat16>(Pair v) {
+  return round_to_bfloat16(v);
+}
+template <class T>
+Pair round_to(OfBFloat16 v);
+template <>
+inline Pair round_to<BFloat16>(OfBFloat16 v) {
+  return round_to_bfloat16(v);
 }
 
 }  // namespace

@@ -13,7 +13,11 @@ using Vector = __m256;
 
 struct Pair {
   static constexpr int kLanes = 32;
+  static constexpr bool kHasShortNaNs = false;
   __m512 lo, hi;
+};
+struct OfBFloat16 : Pair {
+  static constexpr bool kHasShortNaNs = true;
 };
 
 constexpr int kForwardRows = 4;
@@ -75,21 +79,24 @@ inline Pair load(const BFloat16* p) {
 
 // The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
 // one). The lower half is rubbish.
+template <class Values>
 inline __m512i bfloat16_in_upper_half(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  if constexpr (Values::kHasShortNaNs) return rounded;
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
 }
 
 // 32 bfloat16 numbers in the order of the pair's elements.
-inline __m512i to_bfloat16_by_bits(Pair v) {
+template <class Values>
+inline __m512i to_bfloat16_by_bits(Values v) {
   const __m512i upper_halves = _mm512_set_epi16(
       63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33,  //
       31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16(
-      bfloat16_in_upper_half(v.lo), upper_halves, bfloat16_in_upper_half(v.hi));
+      bfloat16_in_upper_half<Values>(v.lo), upper_halves, bfloat16_in_upper_half<Values>(v.hi));
 }
 
 #if defined(__AVX512BF16__)
@@ -108,7 +115,10 @@ inline __m512i to_bfloat16(Pair v) {
   return to_bfloat16_by_bits(v);
 }
 #else
-inline __m512i to_bfloat16(Pair v) { return to_bfloat16_by_bits(v); }
+template <class Values>
+inline __m512i to_bfloat16(Values v) {
+  return to_bfloat16_by_bits(v);
+}
 #endif
 
 inline __m512i to_float16(Pair v) {
@@ -125,7 +135,10 @@ inline void store(Float16* p, Pair v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
   _mm256_storeu_si256((__m256i*)(p + 16), _mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
 }
-inline void store(BFloat16* p, Pair v) { _mm512_storeu_si512(p, to_bfloat16(v)); }
+template <class Values>
+inline void store(BFloat16* p, Values v) {
+  _mm512_storeu_si512(p, to_bfloat16(v));
+}
 
 // Masks of the first `count` lanes.
 inline __mmask32 first_lanes(int64_t count) { return (uint32_t(1) << count) - 1; }
@@ -153,7 +166,8 @@ inline void store_first(float* p, Pair v, int64_t count) {
 inline void store_first(Float16* p, Pair v, int64_t count) {
   _mm512_mask_storeu_epi16(p, first_lanes(count), to_float16(v));
 }
-inline void store_first(BFloat16* p, Pair v, int64_t count) {
+template <class Values>
+inline void store_first(BFloat16* p, Values v, int64_t count) {
   _mm512_mask_storeu_epi16(p, first_lanes(count), to_bfloat16(v));
 }
 
@@ -162,7 +176,10 @@ inline void stream(float* p, Pair v) {
   _mm512_stream_ps(p + 16, v.hi);
 }
 inline void stream(Float16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_float16(v)); }
-inline void stream(BFloat16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_bfloat16(v)); }
+template <class Values>
+inline void stream(BFloat16* p, Values v) {
+  _mm512_stream_si512((__m512i*)p, to_bfloat16(v));
+}
 template <class T>
 inline void stream_end(const T*) {
   _mm_sfence();
@@ -176,19 +193,13 @@ inline Pair round_to<Float16>(Pair v) {
       _mm512_cvtph_ps(_mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT)),
       _mm512_cvtph_ps(_mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT))};
 }
-template <>
-inline Pair round_to<BFloat16>(Pair v) {
-#if defined(__AVX512BF16__)
-  return from_bfloat16(to_bfloat16(v));
-#else
-  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
-  return {
-      _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.lo), upper)),
-      _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half(v.hi), upper))};
-#endif
-}
 
 #if defined(__AVX512BF16__)
+
+template <>
+inline Pair round_to<BFloat16>(Pair v) {
+  return from_bfloat16(to_bfloat16(v));
+}
 
 template <class T>
 constexpr bool kPrefersNormal = false;
@@ -250,6 +261,26 @@ class Smallest {
 
   __m512i least_ = _mm512_set1_epi16(-1);
 };
+
+#else
+
+template <class Values>
+inline Pair round_to_bfloat16(Values v) {
+  const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
+  return {
+      _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half<Values>(v.lo), upper)),
+      _mm512_castsi512_ps(_mm512_and_si512(bfloat16_in_upper_half<Values>(v.hi), upper))};
+}
+template <>
+inline Pair round_to<BFloat16>(Pair v) {
+  return round_to_bfloat16(v);
+}
+template <class T>
+Pair round_to(OfBFloat16 v);
+template <>
+inline Pair round_to<BFloat16>(OfBFloat16 v) {
+  return round_to_bfloat16(v);
+}
 
 #endif
 

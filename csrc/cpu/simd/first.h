@@ -11,8 +11,8 @@ inline Pair load_first(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
   return load(padded);
 }
-template <class T>
-inline void store_first(T* p, Pair v, int64_t count) {
+template <class T, class Values>
+inline void store_first(T* p, Values v, int64_t count) {
   T padded[Pair::kLanes];
   store(padded, v);
   for (int64_t i = 0; i < count; ++i) p[i] = padded[i];

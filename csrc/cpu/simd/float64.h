@@ -17,6 +17,7 @@ struct Pair {
   static constexpr int kLanes = 4;
   F64x2 lo, hi;
 };
+struct OfBFloat16 : Pair {};
 
 constexpr int kForwardRows = 1;
 constexpr bool kStreams = false;

@@ -15,6 +15,7 @@ struct Pair {
   static constexpr int kLanes = 8;
   F32x4 lo, hi;
 };
+struct OfBFloat16 : Pair {};
 
 constexpr int kForwardRows = 1;
 constexpr bool kStreams = false;
@@ -42,6 +43,14 @@ template <class T>
 inline void store(T* p, Pair v) {
   store_as(p, from_float(v.lo, T()));
   store_as(p + 4, from_float(v.hi, T()));
+}
+inline void store(BFloat16* p, OfBFloat16 v) {
+  store_as(p, from_float_of_bfloat16(v.lo));
+  store_as(p + 4, from_float_of_bfloat16(v.hi));
+}
+template <class T>
+inline Pair round_to(OfBFloat16 v) {
+  return {to_float(from_float_of_bfloat16(v.lo), T()), to_float(from_float_of_bfloat16(v.hi), T())};
 }
 template <class T>
 inline Pair round_to(Pair v) {

@@ -15,6 +15,10 @@
 //   load_first(const T*, n), store_first(T*, Pair, n)
 //                              the first n < Pair::kLanes elements only; the other lanes load as
 //                              zero
+//   OfBFloat16                 a Pair that was computed from bfloat16 numbers only. If a NaN is
+//                              among them, it is quiet and has no bits but a bfloat16's, so that
+//                              store, store_first, stream and round_to<BFloat16>, which take it as
+//                              well, may round it like a number
 //   kStreams                   are there the next two? and is it worth having kernels of their own
 //                              for operands beyond the caches?
 //   stream(T*, Pair)           like store, past the caches; the address is a multiple of 64 bytes
