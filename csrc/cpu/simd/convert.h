@@ -38,15 +38,15 @@ inline U16x4 narrow(U32x4 v) { return __builtin_convertvector(v, U16x4); }
 
 inline F32x4 to_float(U16x4 v, BFloat16) { return (F32x4)(widen(v) << 16); }
 
-// See OfBFloat16 in simd.h.
-inline U16x4 from_float_of_bfloat16(F32x4 v) {
+// To nearest, ties to even. Not for NaNs, but those of OfBFloat16 (simd.h).
+inline U32x4 rounded_upper_half(F32x4 v) {
   const U32x4 bits = (U32x4)v;
-  return narrow((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest, ties to even
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
+inline U16x4 from_float_of_bfloat16(F32x4 v) { return narrow(rounded_upper_half(v)); }
 inline U16x4 from_float(F32x4 v, BFloat16) {
-  const U32x4 bits = (U32x4)v;
-  const U32x4 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return narrow(select(v == v, rounded, (bits >> 16) | 0x40u));  // a NaN stays one
+  const U32x4 quiet = ((U32x4)v >> 16) | 0x40u;  // a NaN stays one
+  return narrow(select(v == v, rounded_upper_half(v), quiet));
 }
 
 #if defined(__ARM_NEON)
