@@ -45,12 +45,15 @@ inline Pair load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p
 inline Pair load(const Float16* p) {
   return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))};
 }
-inline __m256 from_bfloat16(__m128i v) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16));
+// Eight numbers, which the load puts into both halves: one shuffle for a widening and a shift.
+inline __m256 load_widened(const BFloat16* p) {
+  const __m256i twice = _mm256_broadcastsi128_si256(load_128(p));
+  const __m256i upper_halves = _mm256_set_epi8(
+      15, 14, -1, -1, 13, 12, -1, -1, 11, 10, -1, -1, 9, 8, -1, -1,  //
+      7, 6, -1, -1, 5, 4, -1, -1, 3, 2, -1, -1, 1, 0, -1, -1);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, upper_halves));
 }
-inline Pair load(const BFloat16* p) {
-  return {from_bfloat16(load_128(p)), from_bfloat16(load_128(p + 8))};
-}
+inline Pair load(const BFloat16* p) { return {load_widened(p), load_widened(p + 8)}; }
 
 // The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
 // one). The lower half is rubbish.
