@@ -71,7 +71,7 @@ def test_layouts_of_input_and_grad_output(make_input, make_grad):
     assert grads[1].is_contiguous()
 
 
-@pytest.mark.parametrize("dim", [40, 64, 128])
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("heads", [7, 8])
 @pytest.mark.parametrize("dtype", FLOATS, ids=names)
 def test_heads_of_a_transposed_view(dtype, heads, dim):
@@ -137,6 +137,19 @@ def test_same_bits_at_every_level_and_number_of_threads(pair, shape, scale):
     assert_same_bits_at_every_level_and_number_of_threads(
         lambda: with_gradients(ops.rms_norm, x, w, g, 1e-5)
     )
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
+def test_a_rows_gradient_does_not_depend_on_the_others(dim, dtype):
+    """Nor on how many there are: beyond the caches, blocks of rows are taken in another way."""
+    rows = (13 << 20) // (dim * dtype.itemsize)
+    x, g = (torch.randn(rows, dim).to(dtype) for _ in range(2))
+    w = torch.randn(dim).to(dtype)
+    whole = with_gradients(ops.rms_norm, x, w, g, 1e-5)[1]
+    for part in (slice(0, 7), slice(5, 13), slice(100, 1001)):
+        grad_input = with_gradients(ops.rms_norm, x[part], w, g[part], 1e-5)[1]
+        assert torch.equal(grad_input, whole[part])
 
 
 def test_saved_for_backward_are_input_and_scale_only():

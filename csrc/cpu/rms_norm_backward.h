@@ -18,8 +18,12 @@ inline RowCursor<4> cursor_of(const AddRmsNormBackward& args) {
 }
 
 // Up to kBlockRows rows of backward that share a scale row.
-template <class Input, class Output>
+template <class Input, class Scale, class Output>
 struct BackwardBlock {
+  int rows;
+  const Scale* scale;
+  Real* grad_scale;  // of the chunk, in the workspace
+  bool is_first;     // of the chunk
   const Output* grad_output[kBlockRows];
   const Input* input[kBlockRows];
   Input* grad_input[kBlockRows];
@@ -34,11 +38,12 @@ struct BackwardBlock {
 // ones are summed one by one, which prefetchers follow.
 constexpr int64_t kFewSteps = 4;
 
-// Fills rstd and mean_dot of the first `rows` rows.
+// Fills rstd and mean_dot of a block's rows.
 template <bool kGradInput, bool kAskAhead, class Input, class Scale, class Output>
 COREAI_TORCH_INLINE void backward_statistics(
-    const RowLength& length, double eps, const Scale* scale, int rows,
-    BackwardBlock<Input, Output>& block) {
+    const RowLength& length, double eps, BackwardBlock<Input, Scale, Output>& block) {
+  const Scale* const scale = block.scale;
+  const int rows = block.rows;
   Vector squares[kQuad], products[kQuad];
   const auto sum = [&](auto group, int first) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kRows = decltype(group)::value;
@@ -88,15 +93,15 @@ COREAI_TORCH_INLINE void backward_statistics(
   }
 }
 
-// Writes the gradients of a block of kRows rows, or of `rows` rows where that is 0. With kAdds,
-// grad_new_residual is added to grad_input.
+// Writes the gradients of a block of kRows rows, or of any number of them where that is 0. With
+// kAdds, grad_new_residual is added to grad_input.
 template <
     int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead,
     class Input, class Scale, class Output>
-inline void backward_rows(
-    int64_t dim, const Scale* scale, int rows, const BackwardBlock<Input, Output>& block,
-    Real* grad_scale, bool first_of_chunk) {
-  if constexpr (kRows != 0) rows = kRows;
+inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>& block) {
+  const Scale* const scale = block.scale;
+  Real* const grad_scale = block.grad_scale;
+  const int rows = kRows != 0 ? kRows : block.rows;
   const Input* input[kBlockRows];
   const Output* grad_output[kBlockRows];
   Pair rstd[kBlockRows], mean_dot[kBlockRows];
@@ -128,7 +133,7 @@ inline void backward_rows(
       }
     }
     if constexpr (kGradScale) {
-      if (!first_of_chunk) sum = part.load_from(grad_scale + i) + sum;
+      if (!block.is_first) sum = part.load_from(grad_scale + i) + sum;
       part.store_to(grad_scale + i, sum);
     }
     // Only now: rows are often a multiple of 4096 bytes apart, and a processor takes a load for
@@ -159,6 +164,19 @@ inline bool is_worth_fetching(int64_t row_bytes) {
   return sizeof(Input) == 2 ? row_bytes >= 1024 : kStream && row_bytes >= 4096;
 }
 
+// Short rows wait for their sums and 1/rms longer than they take to sum, so that two blocks of them
+// are summed before either is written: the same rows of two groups where these take turns, else two
+// blocks of contiguous rows. The first cache would not have lines for twice as many rows far apart.
+// Beyond the caches, where memory is waited for, nothing is gained, nor is it in float32 but for
+// rows of known length, nor where vectors are short but for the shortest.
+constexpr int64_t kShortRow = sizeof(Pair) == 128 ? 256 : 64;  // elements
+template <bool kStream, int kDim, class Input>
+constexpr bool kMayTakeTwo = !kStream && (sizeof(Input) == 2 || kDim != 0);
+
+inline bool are_scattered(const RmsNormShape& shape, const int64_t* input_strides) {
+  return shape.row_ndim > 0 && input_strides[shape.row_ndim - 1] != shape.dim;
+}
+
 // kAskAhead: where that is worth it. kDim: of with_known_dim().
 template <
     bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead, int kDim, class Input,
@@ -171,9 +189,15 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const BackwardPlan plan = backward_plan(shape);
   auto cursor = cursor_of(args);
   const RowLength length(dim);
-  const bool fetches = is_worth_fetching<kStream, Input>(dim * int64_t(sizeof(Input)));
+  const int64_t row_bytes = dim * int64_t(sizeof(Input));
+  const bool fetches = is_worth_fetching<kStream, Input>(row_bytes);
   const int turns_dim = dim_of_turns(shape, args.input_strides);
-  BackwardBlock<Input, Output> block;
+  using Block = BackwardBlock<Input, Scale, Output>;
+  constexpr bool kTwo = kMayTakeTwo<kStream, kDim, Input>;
+  const bool takes_two = kTwo && dim <= kShortRow && shape.rows * row_bytes < kBeyondCaches &&
+                         (turns_dim >= 0 || !are_scattered(shape, args.input_strides));
+  const int rows_ahead = (takes_two && turns_dim < 0 ? 2 : 1) * plan.block_rows;
+  Block block[kTwo ? 2 : 1];
   for (int64_t task = begin; task < end;) {
     // The same chunk of groups [first, last).
     int64_t chunk, first, last;
@@ -192,15 +216,21 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
     const int64_t chunk_rows = left < plan.chunk_rows ? left : plan.chunk_rows;
 
     int64_t run_left = 0;  // rows before the group goes on elsewhere
-    for (int64_t done = 0; done < chunk_rows; done += plan.block_rows) {
-      const int rows =
-          int(chunk_rows - done < plan.block_rows ? chunk_rows - done : plan.block_rows);
-      for (int r = 0; r < rows; ++r) {
+    int64_t done = 0;
+    const auto take_rows = [&](Block& block) {
+      const int64_t rest = chunk_rows - done;
+      block.rows = int(rest < plan.block_rows ? rest : plan.block_rows);
+      block.is_first = done == 0;
+      block.scale = (const Scale*)args.scale + first * dim;
+      if constexpr (kGradScale) {
+        block.grad_scale = (Real*)args.workspace + (first * plan.chunks_per_group + chunk) * dim;
+      }
+      for (int r = 0; r < block.rows; ++r, ++done) {
         if (run_left > 0) {
           cursor.next();
         } else {
-          const int64_t run = (chunk_begin + done + r) / shape.inner;
-          const int64_t in_run = (chunk_begin + done + r) % shape.inner;
+          const int64_t run = (chunk_begin + done) / shape.inner;
+          const int64_t in_run = (chunk_begin + done) % shape.inner;
           cursor.seek((run * shape.groups + first) * shape.inner + in_run);
           run_left = shape.inner - in_run;
         }
@@ -212,37 +242,58 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
-      const int ahead = fetches || cursor.step(1) != dim ? plan.block_rows : 0;
+      const int ahead = fetches || cursor.step(1) != dim ? rows_ahead : 0;
       block.grad_output_ahead = ahead * cursor.step(0);
       block.input_ahead = ahead * cursor.step(1);
       if constexpr (kAdds) {
-        block.grad_new_residual_ahead =
-            (sizeof(Input) > 2 ? plan.block_rows : ahead) * cursor.step(3);
+        block.grad_new_residual_ahead = (sizeof(Input) > 2 ? rows_ahead : ahead) * cursor.step(3);
       }
-      for (int64_t group = first;;) {
-        const Scale* scale = (const Scale*)args.scale + group * dim;
-        Real* grad_scale =
-            kGradScale ? (Real*)args.workspace + (group * plan.chunks_per_group + chunk) * dim
-                       : nullptr;
-        backward_statistics<kGradInput, kAskAhead>(length, shape.eps, scale, rows, block);
+    };
+    // The same rows of the next group, or the next rows of the first one.
+    int64_t group = last;
+    const auto take_next = [&](const Block& before, Block& block) {
+      if (group == last) {
+        if (done == chunk_rows) return false;
+        group = first;
+        take_rows(block);
+      } else {
+        block.rows = before.rows;
+        block.is_first = before.is_first;
+        block.scale = before.scale + dim;
+        if constexpr (kGradScale) {
+          block.grad_scale = before.grad_scale + plan.chunks_per_group * dim;
+        }
+        for (int r = 0; r < before.rows; ++r) {
+          block.grad_output[r] = before.grad_output[r] + cursor.stride(0, turns_dim);
+          block.input[r] = before.input[r] + cursor.stride(1, turns_dim);
+          block.grad_input[r] = before.grad_input[r] + cursor.stride(2, turns_dim);
+          if constexpr (kAdds) {
+            block.grad_new_residual[r] = before.grad_new_residual[r] + cursor.stride(3, turns_dim);
+          }
+        }
+        block.grad_output_ahead = before.grad_output_ahead;
+        block.input_ahead = before.input_ahead;
+        block.grad_new_residual_ahead = before.grad_new_residual_ahead;
+      }
+      ++group;
+      return true;
+    };
+    for (int blocks = 1; take_next(block[blocks - 1], block[0]);) {
+      blocks = takes_two && take_next(block[0], block[1]) ? 2 : 1;
+      for (int b = 0; b < blocks; ++b) {
+        backward_statistics<kGradInput, kAskAhead>(length, shape.eps, block[b]);
+      }
+      for (int b = 0; b < blocks; ++b) {
         const auto write = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
           constexpr int kRows = decltype(count)::value;
-          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStream, kAskAhead>(
-              dim, scale, rows, block, grad_scale, done == 0);
+          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStream, kAskAhead>(dim, block[b]);
         };
-        if (rows == kBlockRows) {
+        if (block[b].rows == kBlockRows) {
           write(Constant<kBlockRows>());
-        } else if (sizeof(Input) > 2 && rows == kFewBlockRows) {
+        } else if (sizeof(Input) > 2 && block[b].rows == kFewBlockRows) {
           write(Constant<kFewBlockRows>());
         } else {
           write(Constant<0>());
-        }
-        if (++group == last) break;
-        for (int r = 0; r < rows; ++r) {
-          block.grad_output[r] += cursor.stride(0, turns_dim);
-          block.input[r] += cursor.stride(1, turns_dim);
-          block.grad_input[r] += cursor.stride(2, turns_dim);
-          if constexpr (kAdds) block.grad_new_residual[r] += cursor.stride(3, turns_dim);
         }
       }
     }
@@ -271,9 +322,7 @@ void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
   with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
     constexpr int kDim = decltype(known_dim)::value;
     if constexpr (kDim != 0 && sizeof(Input) > 2) {
-      const int last = args.shape.row_ndim - 1;
-      const bool are_scattered = last >= 0 && args.input_strides[last] != kDim;
-      if (!are_scattered) {
+      if (!are_scattered(args.shape, args.input_strides)) {
         backward_tasks<true, true, false, false, kDim, Input, Scale>(args, begin, end);
         return;
       }

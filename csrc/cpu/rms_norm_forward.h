@@ -596,10 +596,6 @@ void forward_streamed(const Args& args, int64_t begin, int64_t end) {
   forward_range<true, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
 }
 
-// Bytes of what is read, from which on it does not stay in the caches together with what is
-// written.
-constexpr int64_t kBeyondCaches = int64_t(12) << 20;
-
 template <bool kAskAhead, class Input, class Scale, class Args>
 void forward_in_order(const Args& args, int64_t begin, int64_t end) {
   const bool in_turns = dim_of_turns(args.shape, args.input_strides) >= 0;

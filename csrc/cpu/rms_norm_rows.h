@@ -131,6 +131,10 @@ inline void prefetch(const T* p) {
   }
 }
 
+// Bytes of what is read, from which on it does not stay in the caches together with what is
+// written.
+constexpr int64_t kBeyondCaches = int64_t(12) << 20;
+
 // Rows are asked for as long as they stay in the second cache until they are needed, beside those
 // of the current block: up to so many bytes.
 template <bool kStream>
