@@ -167,11 +167,14 @@ inline bool is_worth_fetching(int64_t row_bytes) {
 // Short rows wait for their sums and 1/rms longer than they take to sum, so that two blocks of them
 // are summed before either is written: the same rows of two groups where these take turns, else two
 // blocks of contiguous rows. The first cache would not have lines for twice as many rows far apart.
-// Beyond the caches, where memory is waited for, nothing is gained, nor is it in float32 but for
-// rows of known length, nor where vectors are short but for the shortest.
+// Beyond the caches, where memory is waited for, nothing is gained; float32, without conversions,
+// waits for it earlier. Nor is anything gained in float32 but for rows of known length, nor where
+// vectors are short but for the shortest.
 constexpr int64_t kShortRow = sizeof(Pair) == 128 ? 256 : 64;  // elements
 template <bool kStream, int kDim, class Input>
 constexpr bool kMayTakeTwo = !kStream && (sizeof(Input) == 2 || kDim != 0);
+template <class Input>
+constexpr int64_t kMostBytesOfTwo = sizeof(Input) == 2 ? kBeyondCaches : kBeyondCaches / 2;
 
 inline bool are_scattered(const RmsNormShape& shape, const int64_t* input_strides) {
   return shape.row_ndim > 0 && input_strides[shape.row_ndim - 1] != shape.dim;
@@ -194,7 +197,8 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const int turns_dim = dim_of_turns(shape, args.input_strides);
   using Block = BackwardBlock<Input, Scale, Output>;
   constexpr bool kTwo = kMayTakeTwo<kStream, kDim, Input>;
-  const bool takes_two = kTwo && dim <= kShortRow && shape.rows * row_bytes < kBeyondCaches &&
+  const bool takes_two = kTwo && dim <= kShortRow &&
+                         shape.rows * row_bytes < kMostBytesOfTwo<Input> &&
                          (turns_dim >= 0 || !are_scattered(shape, args.input_strides));
   const int rows_ahead = (takes_two && turns_dim < 0 ? 2 : 1) * plan.block_rows;
   Block block[kTwo ? 2 : 1];
@@ -273,7 +277,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
         }
         block.grad_output_ahead = before.grad_output_ahead;
         block.input_ahead = before.input_ahead;
-        block.grad_new_residual_ahead = before.grad_new_residual_ahead;
+        if constexpr (kAdds) block.grad_new_residual_ahead = before.grad_new_residual_ahead;
       }
       ++group;
       return true;
