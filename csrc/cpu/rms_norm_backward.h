@@ -28,7 +28,7 @@ struct BackwardBlock {
   const Input* input[kBlockRows];
   Input* grad_input[kBlockRows];
   const Input* grad_new_residual[kBlockRows];  // of the residual add
-  // From a row to the same row of the next block, which is asked for.
+  // From a row to the one that is asked for, as many rows on as are taken at once.
   int64_t grad_output_ahead, input_ahead, grad_new_residual_ahead;
   Quad rstd;
   Quad mean_dot;  // mean(grad_output * scale * normalized)
