@@ -30,8 +30,7 @@ void add_rms_norm_forward_cpu(const AddRmsNormForward& args, ParallelFor paralle
     const int64_t bytes = shape.rows * row_bytes;
     outputs = Outputs(
         {{args.output, bytes, row_bytes}, {args.new_residual, bytes, row_bytes}},
-        is_contiguous(shape, {args.input_strides, args.residual_strides}) &&
-            row_bytes % kLine == 0);
+        is_contiguous(shape, {args.input_strides, args.residual_strides}));
   }
   const int64_t unit = rows_in_unit(shape, args.input_strides);
   run(kTables.forward(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);

@@ -96,7 +96,7 @@ COREAI_TORCH_INLINE void backward_statistics(
 // Writes the gradients of a block of kRows rows, or of any number of them where that is 0. With
 // kAdds, grad_new_residual is added to grad_input.
 template <
-    int kRows, bool kAdds, bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead,
+    int kRows, bool kAdds, bool kGradInput, bool kGradScale, Stores kStores, bool kAskAhead,
     class Input, class Scale, class Output>
 inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>& block) {
   const Scale* const scale = block.scale;
@@ -104,10 +104,12 @@ inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>
   const int rows = kRows != 0 ? kRows : block.rows;
   const Input* input[kBlockRows];
   const Output* grad_output[kBlockRows];
+  RowWriter<kStores, Input> writer[kBlockRows];
   Pair rstd[kBlockRows], mean_dot[kBlockRows];
   for (int r = 0; r < rows; ++r) {
     input[r] = block.input[r];
     grad_output[r] = block.grad_output[r];
+    if constexpr (kGradInput) writer[r] = {block.grad_input[r]};
     rstd[r] = splat(block.rstd[r]);
     if constexpr (kGradInput) mean_dot[r] = splat(block.mean_dot[r]);
   }
@@ -140,11 +142,7 @@ inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>
     // dependent on an earlier store whose address has the same last 12 bits.
     if constexpr (kGradInput) {
       for (int r = 0; r < rows; ++r) {
-        if constexpr (kStream && kSame<decltype(part), Whole>) {
-          Streamed().store_to(block.grad_input[r] + i, PairOf<Input, Scale>{grad_input[r]});
-        } else {
-          part.store_to(block.grad_input[r] + i, PairOf<Input, Scale>{grad_input[r]});
-        }
+        writer[r].write(part, i, PairOf<Input, Scale>{grad_input[r]});
       }
     }
   });
@@ -182,10 +180,11 @@ inline bool are_scattered(const RmsNormShape& shape, const int64_t* input_stride
 
 // kAskAhead: where that is worth it. kDim: of with_known_dim().
 template <
-    bool kGradInput, bool kGradScale, bool kStream, bool kAskAhead, int kDim, class Input,
+    bool kGradInput, bool kGradScale, Stores kStores, bool kAskAhead, int kDim, class Input,
     class Scale, class Args>
 void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormBackward>;
+  constexpr bool kStream = kStores != Stores::kCached;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
   const int64_t dim = kDim != 0 ? kDim : shape.dim;
@@ -290,7 +289,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
       for (int b = 0; b < blocks; ++b) {
         const auto write = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
           constexpr int kRows = decltype(count)::value;
-          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStream, kAskAhead>(dim, block[b]);
+          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStores, kAskAhead>(dim, block[b]);
         };
         if (block[b].rows == kBlockRows) {
           write(Constant<kBlockRows>());
@@ -308,30 +307,33 @@ template <class Input, class Scale, class Args>
 void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
   if constexpr (kSame<Args, RmsNormBackward>) {
     if (args.grad_input == nullptr) {
-      backward_tasks<false, true, false, true, 0, Input, Scale>(args, begin, end);
+      backward_tasks<false, true, Stores::kCached, true, 0, Input, Scale>(args, begin, end);
       return;
     }
   }
   if (args.grad_scale == nullptr) {
-    backward_tasks<true, false, false, true, 0, Input, Scale>(args, begin, end);
+    backward_tasks<true, false, Stores::kCached, true, 0, Input, Scale>(args, begin, end);
     return;
   }
   if constexpr (kStreams) {
-    if (stream) {
-      backward_tasks<true, true, true, true, 0, Input, Scale>(args, begin, end);
-      stream_end((const Input*)args.grad_input);
-      return;
-    }
+    const bool done =
+        stream &&
+        with_streams<Input, kStreamsRowsOf<Input, Scale>>(args.shape.dim, [&](auto stores) {
+          constexpr Stores kStores = decltype(stores)::value;
+          backward_tasks<true, true, kStores, true, 0, Input, Scale>(args, begin, end);
+          stream_end((const Input*)args.grad_input);
+        });
+    if (done) return;
   }
   with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
     constexpr int kDim = decltype(known_dim)::value;
     if constexpr (kDim != 0 && sizeof(Input) > 2) {
       if (!are_scattered(args.shape, args.input_strides)) {
-        backward_tasks<true, true, false, false, kDim, Input, Scale>(args, begin, end);
+        backward_tasks<true, true, Stores::kCached, false, kDim, Input, Scale>(args, begin, end);
         return;
       }
     }
-    backward_tasks<true, true, false, true, kDim, Input, Scale>(args, begin, end);
+    backward_tasks<true, true, Stores::kCached, true, kDim, Input, Scale>(args, begin, end);
   });
 }
 

@@ -111,7 +111,10 @@ struct SummedRows {
     if constexpr (kStream) {
       return rounded_to<Input>(sum(part, r, i));
     } else {
-      part.store_to(new_residual[r] + i, sum(part, r, i));
+      const auto total = sum(part, r, i);
+      part.store_to(new_residual[r] + i, total);
+      // Of a part, which is stored with a mask or element by element, the load would have to wait.
+      if constexpr (kSame<Part, First>) return rounded_to<Input>(total);
       return again(part, r, i);
     }
   }
@@ -119,7 +122,8 @@ struct SummedRows {
   Pair again(Part part, int r, int64_t i) const {
     if constexpr (kStream) {
       const Pair rounded = rounded_to<Input>(sum(part, r, i));
-      part.store_to(new_residual[r] + i, PairOf<Input, Input>{rounded});
+      RowWriter<Stores::kStreamed, Input> writer{new_residual[r]};
+      writer.write(part, i, PairOf<Input, Input>{rounded});
       return rounded;
     } else {
       return part.load_from(new_residual[r] + i);
@@ -228,22 +232,25 @@ COREAI_TORCH_INLINE auto scaled(Pair normalized, Factors w) {
 // Writes rows [first, first + kRows). The next ones are asked for where rows are side by side or
 // streamed, and with kAskAhead; then so is the place of those that are written next.
 template <
-    int kRows, bool kStream, bool kAskAhead, class Input, class Values, class Scale, class Rows,
+    int kRows, Stores kStores, bool kAskAhead, class Input, class Values, class Scale, class Rows,
     class Output>
 COREAI_TORCH_INLINE void forward_rows(
     int64_t dim, const Rows& rows, int first, const Scale* scale, int64_t scale_step, Quad rstds,
     Output* const* output, int64_t output_step) {
+  constexpr bool kStream = kStores != Stores::kCached;
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   using Product = typename Conditional<kNativeProduct<Input, Scale>, Native, Values>::type;
-  using Part = typename Conditional<kStream, Streamed, Whole>::type;
   const int64_t output_ahead = kGroup * output_step;
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kBegin = decltype(group)::value * kGroup;
     const Scale* const group_scale = scale + kBegin * scale_step;
     Pair rstd[kGroup];
-    unrolled<kGroup>([&](auto r)
-                         COREAI_TORCH_INLINE_LAMBDA { rstd[r] = splat(rstds[kBegin + r]); });
-    for_each_pair<Part>(0, dim, [&](auto part, int64_t i) COREAI_TORCH_INLINE_LAMBDA {
+    RowWriter<kStores, Output> writer[kGroup];
+    unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
+      rstd[r] = splat(rstds[kBegin + r]);
+      writer[r] = {output[first + kBegin + r]};
+    });
+    for_each_pair(0, dim, [&](auto part, int64_t i) COREAI_TORCH_INLINE_LAMBDA {
       const auto w = factors<Input>(part, group_scale + i);
       Product result[kGroup];
       unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
@@ -258,9 +265,8 @@ COREAI_TORCH_INLINE void forward_rows(
         }
         result[r] = scaled<Input, Scale, Values>(rows.again(part, row, i) * rstd[r], w);
       });
-      unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
-        part.store_to(output[first + kBegin + r] + i, result[r]);
-      });
+      unrolled<kGroup>([&](auto r)
+                           COREAI_TORCH_INLINE_LAMBDA { writer[r].write(part, i, result[r]); });
     });
   });
 }
@@ -299,16 +305,17 @@ enum class Order { kAsTheyCome, kInTurns, kAcross };
 
 // kDim: of with_known_dim().
 template <
-    bool kStream, bool kAskAhead, Order kOrder, int kDim, class Input, class Scale, class Args>
+    Stores kStores, bool kAskAhead, Order kOrder, int kDim, class Input, class Scale, class Args>
 void forward_range(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
+  constexpr bool kStream = kStores != Stores::kCached;
   constexpr bool kTurns = kOrder != Order::kAsTheyCome;
   constexpr bool kAcross = kOrder == Order::kAcross;
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
   const int64_t dim = kDim != 0 ? kDim : shape.dim;
   const int64_t row_bytes = dim * int64_t(sizeof(Input));
-  const RowLength length(dim);
+  const RowLength unknown_length(dim);
   auto cursor = cursor_of(args);
 
   constexpr bool kInCaches = !kStream && !kAskAhead;
@@ -439,6 +446,8 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     return true;
   };
   const auto sum_block = [&](Block& block) {
+    // As a constant it leaves out what sums of other lengths take; backward did not gain by that.
+    const RowLength& length = kDim != 0 ? kKnownLength<kDim> : unknown_length;
     KeptInForward<Input> kept;
     if (block.count == kBlockRows) {
       block.rstd = forward_rstd<kBlockRows, kStream, kAskAhead, Input>(
@@ -456,13 +465,13 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const auto write_rows = [&](auto values, const Block& block) {
     using Values = decltype(values);
     if (block.count == kBlockRows) {
-      forward_rows<kBlockRows, kStream, kAskAhead, Input, Values>(
+      forward_rows<kBlockRows, kStores, kAskAhead, Input, Values>(
           dim, block.rows, 0, block.scale, kAcross ? dim : 0, block.rstd, block.output,
           block.output_step);
     } else {
       // Rows of known length are alone at the end only, where asking would not be worth its code.
       for (int r = 0; r < block.count; ++r) {
-        forward_rows<1, kStream, kAskAhead && kDim == 0, Input, Values>(
+        forward_rows<1, kStores, kAskAhead && kDim == 0, Input, Values>(
             dim, block.rows, r, block.scale, 0, Quad{block.rstd[r]}, block.output,
             block.output_step);
       }
@@ -495,33 +504,38 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   }
 }
 
+// What stays in registers along the two rows of write_row_and_sum_next().
+template <Stores kStores, class Input, class Output>
+struct KeptInOneLoop {
+  KeptInForward<Input> input;  // of the row that is summed
+  RowWriter<kStores, Output> output;
+};
+
 // Writes a row that is streamed, and takes 1/rms of the next one, which follows it in memory.
-template <class Values, class Input, class Scale, class Output>
+template <class Values, Stores kStores, class Input, class Scale, class Output>
 COREAI_TORCH_INLINE Quad write_row_and_sum_next(
     const RowLength& length, double eps, const Input* input, const Scale* scale, Quad rstds,
-    Output* output, KeptInForward<Input>& kept) {
+    Output* output, KeptInForward<Input>& kept_of_input) {
   constexpr int64_t kAhead = kLeastAhead / int64_t(sizeof(Input));
   const Input* const next = input + length.dim;
   const Real rstd = rstds[0];
   Vector lanes[kQuad];
   Real left[kQuad][kVectorLanes] = {};
+  KeptInOneLoop<kStores, Input, Output> kept{{}, {output}};
   row_sums<InOrder, 1>(
       length,
       [=](auto part, int64_t i, Pair* terms, auto& kept) COREAI_TORCH_INLINE_LAMBDA {
         prefetch<kForwardCache<Input>>(next + kAhead + i);
         const Pair x = part.load_from(next + i);
         terms[0] = x * x;
-        if constexpr (kPrefersNormal<Input>) part.add_to(kept, next + i);
+        if constexpr (kPrefersNormal<Input>) part.add_to(kept.input, next + i);
         const auto w = factors<Input>(part, scale + i);
         const auto result =
             scaled<Input, Scale, Values>(part.load_from(input + i) * splat(rstd), w);
-        if constexpr (kSame<decltype(part), Whole>) {
-          Streamed().store_to(output + i, result);
-        } else {
-          part.store_to(output + i, result);
-        }
+        kept.output.write(part, i, result);
       },
       lanes, left, kept);
+  kept_of_input = kept.input;
   for (int r = 1; r < kQuad; ++r) lanes[r] = lanes[0];
   return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
@@ -542,7 +556,7 @@ inline bool is_for_one_loop(int64_t row_bytes) {
 // memory is written and read at the same time. What an iteration leaves to the next one stays in
 // registers: read from memory, it would wait for all that is being streamed, wherever it is read in
 // other pieces than it was written.
-template <class Input, class Scale>
+template <Stores kStores, class Input, class Scale>
 void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end) {
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
@@ -568,13 +582,13 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
     bool normal = false;
     if constexpr (kPrefersNormal<Input>) {
       normal = are_normal(kept.value(), rstd, 1, smallest_scale);
-      kept = {};
       if (normal) {
-        rstd = write_row_and_sum_next<Normal>(length, shape.eps, input, scale, rstd, output, kept);
+        rstd = write_row_and_sum_next<Normal, kStores>(
+            length, shape.eps, input, scale, rstd, output, kept);
       }
     }
     if (!normal) {
-      rstd = write_row_and_sum_next<PairOf<Input, Scale>>(
+      rstd = write_row_and_sum_next<PairOf<Input, Scale>, kStores>(
           length, shape.eps, input, scale, rstd, output, kept);
     }
     input += dim;
@@ -582,18 +596,18 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
   }
   set_scale_of(end - 1);
   const InputRows<Input> last{{input}, 0};
-  forward_rows<1, true, false, Input, PairOf<Input, Scale>>(
+  forward_rows<1, kStores, false, Input, PairOf<Input, Scale>>(
       dim, last, 0, scale, 0, rstd, &output, 0);
 }
 
-template <class Input, class Scale, class Args>
+template <Stores kStores, class Input, class Scale, class Args>
 void forward_streamed(const Args& args, int64_t begin, int64_t end) {
   if constexpr (kSame<Args, RmsNormForward>) {
     if (is_for_one_loop<Input>(args.shape.dim * int64_t(sizeof(Input)))) {
-      return forward_in_one_loop<Input, Scale>(args, begin, end);
+      return forward_in_one_loop<kStores, Input, Scale>(args, begin, end);
     }
   }
-  forward_range<true, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
+  forward_range<kStores, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
 }
 
 template <bool kAskAhead, class Input, class Scale, class Args>
@@ -602,27 +616,32 @@ void forward_in_order(const Args& args, int64_t begin, int64_t end) {
   with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
     constexpr int kDim = decltype(known_dim)::value;
     if (!in_turns) {
-      forward_range<false, kAskAhead, Order::kAsTheyCome, kDim, Input, Scale>(args, begin, end);
+      forward_range<Stores::kCached, kAskAhead, Order::kAsTheyCome, kDim, Input, Scale>(
+          args, begin, end);
       return;
     }
     if constexpr (!kSideBySide<false, Input>) {
       if (args.shape.groups % kBlockRows == 0) {
-        forward_range<false, kAskAhead, Order::kAcross, kDim, Input, Scale>(args, begin, end);
+        forward_range<Stores::kCached, kAskAhead, Order::kAcross, kDim, Input, Scale>(
+            args, begin, end);
         return;
       }
     }
-    forward_range<false, kAskAhead, Order::kInTurns, kDim, Input, Scale>(args, begin, end);
+    forward_range<Stores::kCached, kAskAhead, Order::kInTurns, kDim, Input, Scale>(
+        args, begin, end);
   });
 }
 
 template <class Input, class Scale, class Args>
 void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
   if constexpr (kStreams) {
-    if (stream) {
-      forward_streamed<Input, Scale>(args, begin, end);
-      stream_end((const Input*)args.output);
-      return;
-    }
+    using Output = typename DTypeRule<Input, Scale>::Output;
+    constexpr bool kAnyRow = kSame<Args, RmsNormForward> && kStreamsRowsOf<Input, Scale>;
+    const bool done = stream && with_streams<Output, kAnyRow>(args.shape.dim, [&](auto stores) {
+                        forward_streamed<decltype(stores)::value, Input, Scale>(args, begin, end);
+                        stream_end((const Output*)args.output);
+                      });
+    if (done) return;
     constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
     const int64_t bytes = kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input));
     if (bytes >= kBeyondCaches && asks_ahead<false, false, Input>(args)) {

@@ -6,8 +6,8 @@
 namespace coreai_torch {
 
 // Rows [begin, end) of the output or, where groups take turns, rows [begin, end) of every group,
-// see rms_norm_plan.h. `stream`: store past the caches and fetch rows ahead, for operands that are
-// larger than the caches and contiguous, with rows of whole cache lines.
+// see rms_norm_plan.h. `stream`: store past the caches and fetch rows ahead where that is worth it,
+// for operands that are larger than the caches and contiguous.
 using RmsNormForwardKernel =
     void (*)(const RmsNormForward&, bool stream, int64_t begin, int64_t end);
 // Tasks [begin, end) of backward_plan(): their rows of grad_input, and their sums of grad_scale in

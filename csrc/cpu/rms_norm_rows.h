@@ -94,6 +94,73 @@ class RowCursor {
   int64_t left_;
 };
 
+// How results are written: by usual stores, or past the caches, in rows of whole lines or in
+// others.
+enum class Stores { kCached, kStreamed, kShifted };
+
+template <class T>
+class ShiftedStream;
+
+// Writes a row of them from its beginning to its end.
+template <Stores kStores, class T>
+struct RowWriter {
+  template <class Part, class Values>
+  COREAI_TORCH_INLINE void write(Part part, int64_t i, Values v) {
+    if constexpr (kStores == Stores::kStreamed && kSame<Part, Whole>) {
+      stream(row + i, v);
+    } else {
+      part.store_to(row + i, v);
+    }
+  }
+
+  T* row;
+};
+template <class T>
+struct RowWriter<Stores::kShifted, T> {
+  RowWriter() = default;
+  RowWriter(T* row) : stream(row) {}
+
+  template <class Values>
+  COREAI_TORCH_INLINE void write(Whole, int64_t i, Values v) {
+    stream.write(i, v);
+  }
+  template <class Values>
+  COREAI_TORCH_INLINE void write(First part, int64_t i, Values v) {
+    stream.write_first(i, v, part.count);
+  }
+
+  ShiftedStream<T> stream;
+};
+
+template <Stores kStores>
+struct StoresConstant {
+  static constexpr Stores value = kStores;
+};
+
+// May rows that are not whole lines be stored past the caches? Where dtypes are mixed, but for a
+// scale of float32, it isn't worth the code.
+template <class Input, class Scale>
+constexpr bool kStreamsRowsOf = kStreamsAnyRow && (kSame<Scale, Input> || kSame<Scale, float>);
+
+// Calls body(StoresConstant<...>()) with how rows of elements T are stored past the caches. False:
+// they are not. Short rows would lose as much by the lines that they share with their neighbours as
+// they gain by the others, so that kAnyRow counts from 1000 elements on.
+template <class T, bool kAnyRow, class Body>
+bool with_streams(int64_t dim, const Body& body) {
+  constexpr int64_t kLine = 64 / sizeof(T), kLongRow = 1000;  // elements
+  if (dim % kLine == 0) {
+    body(StoresConstant<Stores::kStreamed>());
+    return true;
+  }
+  if constexpr (kAnyRow) {
+    if (dim >= kLongRow) {
+      body(StoresConstant<Stores::kShifted>());
+      return true;
+    }
+  }
+  return false;
+}
+
 inline Quad rstd_of(Quad sums_of_squares, const RowLength& length, double eps) {
   Quad root = length.mean(sums_of_squares) + Real(eps);
   for (int r = 0; r < kQuad; ++r) {
@@ -120,6 +187,10 @@ void with_known_dim(int64_t dim, const Body& body) {
   }
   body(Constant<0>());
 }
+
+// The length of with_known_dim(), as a constant; where it is not known, any.
+template <int kDim>
+constexpr RowLength kKnownLength(kDim != 0 ? kDim : 1);
 
 // Asks for the cache lines of a Pair of elements, for the first or for the second cache, or to
 // write them.

@@ -73,12 +73,6 @@ struct Whole {
     smallest.add(p);
   }
 };
-struct Streamed : Whole {
-  template <class T, class Values>
-  void store_to(T* p, Values v) const {
-    stream(p, v);
-  }
-};
 struct First {
   int64_t count;  // < Pair::kLanes; the lanes behind are zero
 
@@ -101,14 +95,14 @@ struct First {
 };
 
 // Calls body(part, i) for every Pair of elements from `begin` on, the last of which may be partial.
-template <class Part = Whole, class Body>
+template <class Body>
 COREAI_TORCH_INLINE void for_each_pair(int64_t begin, int64_t end, const Body& body) {
   int64_t i = begin;
-  for (; i + Pair::kLanes <= end; i += Pair::kLanes) body(Part(), i);
+  for (; i + Pair::kLanes <= end; i += Pair::kLanes) body(Whole(), i);
   if (i < end) body(First{end - i}, i);
 }
 
-inline int cascade_power(int64_t steps) {
+constexpr int cascade_power(int64_t steps) {
   int power = 4;
   while (steps > int64_t(1) << (kCascadeLevels * (power + 1) - 1)) ++power;
   return power;
@@ -121,12 +115,6 @@ constexpr int kQuad = 4;
 // {a[0], b[0], a[1], b[1]} and {a[2], b[2], a[3], b[3]}.
 inline Quad interleave_low(Quad a, Quad b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 inline Quad interleave_high(Quad a, Quad b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-
-inline Vector vector_at(const Real* p) {
-  Vector v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
 
 COREAI_TORCH_INLINE void transpose(const Quad* rows, Quad* columns) {
   const Quad a = interleave_low(rows[0], rows[2]), b = interleave_low(rows[1], rows[3]);
@@ -151,24 +139,33 @@ struct InOrder {
     return ((accumulators[0] + accumulators[1]) + accumulators[2]) + accumulators[3];
   }
 
-  // The same where a row does not end with a whole step. `rest` holds the dim % kStepLanes terms
+  // The same where so many whole vectors are left after the steps.
+  COREAI_TORCH_INLINE static Vector fold(
+      const Vector* accumulators, const Vector* rest, int64_t count) {
+    Vector sum = accumulators[0];
+    unrolled<kAccumulators - 1>([&](auto v) COREAI_TORCH_INLINE_LAMBDA {
+      if (v < count) sum += rest[v];
+    });
+    unrolled<kAccumulators - 1>([&](auto a)
+                                    COREAI_TORCH_INLINE_LAMBDA { sum += accumulators[a + 1]; });
+    return sum;
+  }
+
+  // The same where single elements are left, too. `rest` holds the dim % kStepLanes terms
   // after the steps; the dim % kVectorLanes that are left after the last whole vector go to `left`.
   __attribute__((noinline)) static void fold_with_rest(
-      const Real* accumulators, const Real* rest, int64_t dim, Vector* lanes, Real* left) {
-    const int64_t rest_count = dim % kStepLanes;
-    const int64_t left_count = rest_count % kVectorLanes;
-    Vector sum = vector_at(accumulators);
-    for (int64_t i = 0; i + kVectorLanes <= rest_count; i += kVectorLanes) {
-      sum += vector_at(rest + i);
-    }
-    for (int a = 1; a < kAccumulators; ++a) sum += vector_at(accumulators + a * kVectorLanes);
-    for (int64_t i = 0; i < left_count; ++i) left[i] = rest[rest_count - left_count + i];
+      const Vector* accumulators, const Vector* rest, int64_t dim, Vector* lanes, Real* left) {
+    const int64_t count = dim % kStepLanes / kVectorLanes;
+    const int64_t left_count = dim % kVectorLanes;
+    Vector sum = fold(accumulators, rest, count);
+    const Vector last = rest[count];
+    for (int64_t i = 0; i < left_count; ++i) left[i] = last[i];
     if (dim >= kAccumulators && dim < kVectorLanes) {  // single elements for vectors
       for (int64_t i = 1; i < dim; ++i) {
         const int64_t from = i + kAccumulators - 1;
-        left[i] = from < dim ? rest[from] : 0;
+        left[i] = from < dim ? last[from] : 0;
       }
-      for (int a = 1; a < kAccumulators; ++a) sum[a - 1] = rest[a];
+      for (int a = 1; a < kAccumulators; ++a) sum[a - 1] = last[a];
     }
     *lanes = sum;
   }
@@ -215,7 +212,7 @@ struct ByHalves {
 
 // What the sums of a row depend on besides its elements.
 struct RowLength {
-  explicit RowLength(int64_t dim)
+  constexpr explicit RowLength(int64_t dim)
       : dim(dim),
         steps(dim / kStepLanes),
         left(dim % kVectorLanes),
@@ -333,21 +330,50 @@ COREAI_TORCH_INLINE void row_sums(
   const int64_t whole = length.steps * kStepLanes;
   if (whole < length.dim) {
     if constexpr (kSame<Order, InOrder>) {
-      alignas(64) Real rest[N][kStepLanes], accumulators[N][kStepLanes];
-      for_each_pair(whole, length.dim, [&](auto part, int64_t i) {
+      Vector rest[N][kAccumulators], accumulators[N][kAccumulators];
+      // Levels that have no register for a Vector keep these in memory, and would split a Pair into
+      // single numbers.
+      constexpr bool kInMemory = kStepPairs > 2;
+      const auto spill = [](Pair v, Vector* parts) COREAI_TORCH_INLINE_LAMBDA {
+        if constexpr (kInMemory) {
+          __builtin_memcpy(parts, &v, sizeof(v));
+        } else {
+          split(v, parts);
+        }
+      };
+      const auto take = [&](auto part, int64_t i) COREAI_TORCH_INLINE_LAMBDA {
         Pair term[N];
         terms(part, i, term, kept);
-        for (int q = 0; q < N; ++q) store(&rest[q][i - whole], term[q]);
-      });
+        unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
+          spill(term[q], rest[q] + (i - whole) / kVectorLanes);
+        });
+      };
+      if constexpr (kStepPairs == 1) {
+        take(First{length.dim - whole}, whole);
+      } else if constexpr (kStepPairs == 2) {  // in registers, as no loop is
+        const int64_t second = whole + Pair::kLanes;
+        if (second <= length.dim) take(Whole(), whole);
+        if (second < length.dim) take(First{length.dim - second}, second);
+        if (second > length.dim) take(First{length.dim - whole}, whole);
+      } else {
+        for_each_pair(whole, length.dim, [&](auto part, int64_t i) { take(part, i); });
+      }
       unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
         unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
-          store(&accumulators[q][p * Pair::kLanes], sum.of[q][p]);
+          spill(sum.of[q][p], accumulators[q] + p * (Pair::kLanes / kVectorLanes));
         });
       });
-      for (int q = 0; q < N; ++q) {
-        Vector folded;
-        Order::fold_with_rest(accumulators[q], rest[q], length.dim, &folded, left[q]);
-        lanes[q] = folded;
+      if (length.left == 0) {
+        const int64_t count = (length.dim - whole) / kVectorLanes;
+        unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
+          lanes[q] = Order::fold(accumulators[q], rest[q], count);
+        });
+      } else {
+        for (int q = 0; q < N; ++q) {
+          Vector folded;
+          Order::fold_with_rest(accumulators[q], rest[q], length.dim, &folded, left[q]);
+          lanes[q] = folded;
+        }
       }
       return;
     } else {

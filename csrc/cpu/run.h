@@ -32,9 +32,7 @@ inline Outputs backward_outputs(
   if (args.grad_input == nullptr || !is_contiguous(shape, {args.grad_input_strides})) return {};
   const int64_t row_bytes = shape.dim * kSizes[int(shape.input_dtype)];
   const int64_t task_bytes = shape.groups == 1 ? plan.chunk_rows * row_bytes : 0;
-  return {
-      {{args.grad_input, shape.rows * row_bytes, task_bytes}},
-      operands_are_contiguous && row_bytes % kLine == 0};
+  return {{{args.grad_input, shape.rows * row_bytes, task_bytes}}, operands_are_contiguous};
 }
 
 // An op's tables of kernels: those of the levels, lowest first, and that of float64.

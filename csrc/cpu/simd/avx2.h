@@ -21,6 +21,7 @@ struct OfBFloat16 : Pair {
 
 constexpr int kForwardRows = 2;
 constexpr bool kStreams = true;
+constexpr bool kStreamsAnyRow = false;
 
 inline void split(Pair v, Vector* parts) {
   parts[0] = v.lo;
@@ -46,14 +47,16 @@ inline Pair load(const Float16* p) {
   return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))};
 }
 // Eight numbers, which the load puts into both halves: one shuffle for a widening and a shift.
-inline __m256 load_widened(const BFloat16* p) {
-  const __m256i twice = _mm256_broadcastsi128_si256(load_128(p));
+inline __m256 from_bfloat16(__m128i v) {
+  const __m256i twice = _mm256_broadcastsi128_si256(v);
   const __m256i upper_halves = _mm256_set_epi8(
       15, 14, -1, -1, 13, 12, -1, -1, 11, 10, -1, -1, 9, 8, -1, -1,  //
       7, 6, -1, -1, 5, 4, -1, -1, 3, 2, -1, -1, 1, 0, -1, -1);
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, upper_halves));
 }
-inline Pair load(const BFloat16* p) { return {load_widened(p), load_widened(p + 8)}; }
+inline Pair load(const BFloat16* p) {
+  return {from_bfloat16(load_128(p)), from_bfloat16(load_128(p + 8))};
+}
 
 // The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
 // one). The lower half is rubbish.
@@ -94,6 +97,87 @@ inline void store(Float16* p, Pair v) {
 template <class Values>
 inline void store(BFloat16* p, Values v) {
   _mm256_storeu_si256((__m256i*)p, pack(v, BFloat16()));
+}
+
+// The first `count` of eight numbers, and zeros. What is not one instruction is for the ends of
+// rows only, and would take registers from the loops before them if it were inlined.
+inline __m256 load_first_half(const float* p, int64_t count) {
+  const __m256i lanes = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), lanes));
+}
+template <class T>
+__attribute__((noinline)) __m128i load_first_half(const T* p, int64_t count) {
+  if (count >= 8) return load_128(p);
+  uint64_t four = 0, rest = 0;
+  if (count & 4) {
+    __builtin_memcpy(&four, p, 8);
+    p += 4;
+  }
+  if (count & 2) {
+    __builtin_memcpy(&rest, p, 4);
+    p += 2;
+  }
+  if (count & 1) {
+    uint16_t last;
+    __builtin_memcpy(&last, p, 2);
+    rest |= uint64_t(last) << (count & 2 ? 32 : 0);
+  }
+  return count & 4 ? _mm_set_epi64x(rest, four) : _mm_cvtsi64_si128(rest);
+}
+inline Pair load_first(const float* p, int64_t count) {
+  return {load_first_half(p, count), load_first_half(p + 8, count - 8)};
+}
+inline Pair load_first(const Float16* p, int64_t count) {
+  const Pair v{_mm256_cvtph_ps(load_first_half(p, count)), _mm256_setzero_ps()};
+  return count <= 8 ? v : Pair{v.lo, _mm256_cvtph_ps(load_first_half(p + 8, count - 8))};
+}
+inline Pair load_first(const BFloat16* p, int64_t count) {
+  const Pair v{from_bfloat16(load_first_half(p, count)), _mm256_setzero_ps()};
+  return count <= 8 ? v : Pair{v.lo, from_bfloat16(load_first_half(p + 8, count - 8))};
+}
+
+__attribute__((noinline)) void store_first_half(float* p, __m256 v, int64_t count) {
+  if (count >= 8) return _mm256_storeu_ps(p, v);
+  __m128 rest = _mm256_castps256_ps128(v);
+  if (count & 4) {
+    _mm_storeu_ps(p, rest);
+    rest = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (count & 2) {
+    _mm_storel_pi((__m64*)p, rest);
+    rest = _mm_movehl_ps(rest, rest);
+    p += 2;
+  }
+  if (count & 1) _mm_store_ss(p, rest);
+}
+template <class T>
+__attribute__((noinline)) void store_first_half(T* p, __m128i v, int64_t count) {
+  if (count >= 8) return _mm_storeu_si128((__m128i*)p, v);
+  if (count & 4) {
+    _mm_storel_epi64((__m128i*)p, v);
+    v = _mm_unpackhi_epi64(v, v);
+    p += 4;
+  }
+  const uint64_t rest = _mm_cvtsi128_si64(v);
+  if (count & 2) {
+    __builtin_memcpy(p, &rest, 4);
+    p += 2;
+  }
+  if (count & 1) {
+    const uint16_t last = uint16_t(rest >> (count & 2 ? 32 : 0));
+    __builtin_memcpy(p, &last, 2);
+  }
+}
+inline void store_first(float* p, Pair v, int64_t count) {
+  store_first_half(p, v.lo, count);
+  if (count > 8) store_first_half(p + 8, v.hi, count - 8);
+}
+template <class T, class Values>
+inline void store_first(T* p, Values v, int64_t count) {
+  const __m256i packed = pack(v, T());
+  store_first_half(p, _mm256_castsi256_si128(packed), count);
+  if (count > 8) store_first_half(p + 8, _mm256_extracti128_si256(packed, 1), count - 8);
 }
 
 inline void stream(float* p, Pair v) {
@@ -138,6 +222,5 @@ inline Pair round_to<BFloat16>(OfBFloat16 v) {
 }  // namespace
 }  // namespace coreai_torch
 
-#include "cpu/simd/first.h"
 #include "cpu/simd/native.h"
 #include "cpu/simd/normal.h"

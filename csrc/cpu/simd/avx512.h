@@ -22,6 +22,7 @@ struct OfBFloat16 : Pair {
 
 constexpr int kForwardRows = 4;
 constexpr bool kStreams = true;
+constexpr bool kStreamsAnyRow = true;
 
 inline void split(Pair v, Vector* parts) {
   parts[0] = _mm512_castps512_ps256(v.lo);
@@ -89,7 +90,6 @@ inline __m512i bfloat16_in_upper_half(__m512 v) {
   return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
 }
 
-// 32 bfloat16 numbers in the order of the pair's elements.
 template <class Values>
 inline __m512i to_bfloat16_by_bits(Values v) {
   const __m512i upper_halves = _mm512_set_epi16(
@@ -99,12 +99,13 @@ inline __m512i to_bfloat16_by_bits(Values v) {
       bfloat16_in_upper_half<Values>(v.lo), upper_halves, bfloat16_in_upper_half<Values>(v.hi));
 }
 
+// `pack` gives 32 numbers of 16 bits, in the order of the pair's elements.
 #if defined(__AVX512BF16__)
 // One instruction, which takes denormal numbers for zero, as no other level does.
 inline __m512i normal_to_bfloat16(Pair v) { return (__m512i)_mm512_cvtne2ps_pbh(v.hi, v.lo); }
 
 // So a zero is looked into.
-inline __m512i to_bfloat16(Pair v) {
+inline __m512i pack(Pair v, BFloat16) {
   const __m512i packed = normal_to_bfloat16(v);
   const __mmask32 zero = _mm512_testn_epi16_mask(packed, _mm512_set1_epi16(0x7fff));
   if (__builtin_expect(_kortestz_mask32_u8(zero, zero), 1)) return packed;
@@ -116,12 +117,12 @@ inline __m512i to_bfloat16(Pair v) {
 }
 #else
 template <class Values>
-inline __m512i to_bfloat16(Values v) {
+inline __m512i pack(Values v, BFloat16) {
   return to_bfloat16_by_bits(v);
 }
 #endif
 
-inline __m512i to_float16(Pair v) {
+inline __m512i pack(Pair v, Float16) {
   const __m256i lo = _mm512_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT);
   const __m256i hi = _mm512_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT);
   return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
@@ -137,11 +138,11 @@ inline void store(Float16* p, Pair v) {
 }
 template <class Values>
 inline void store(BFloat16* p, Values v) {
-  _mm512_storeu_si512(p, to_bfloat16(v));
+  _mm512_storeu_si512(p, pack(v, BFloat16()));
 }
 
-// Masks of the first `count` lanes.
-inline __mmask32 first_lanes(int64_t count) { return (uint32_t(1) << count) - 1; }
+// A mask of the first `count` lanes, of 32 at most.
+inline __mmask32 first_lanes(int64_t count) { return __mmask32((uint64_t(1) << count) - 1); }
 
 inline Pair load_first(const float* p, int64_t count) {
   const __mmask32 mask = first_lanes(count);
@@ -161,24 +162,29 @@ inline Pair load_first(const BFloat16* p, int64_t count) {
 inline void store_first(float* p, Pair v, int64_t count) {
   const __mmask32 mask = first_lanes(count);
   _mm512_mask_storeu_ps(p, (__mmask16)mask, v.lo);
-  _mm512_mask_storeu_ps(p + 16, (__mmask16)(mask >> 16), v.hi);
+  // Masked out or not, a line would be waited for that the next row streams.
+  if (count > 16) _mm512_mask_storeu_ps(p + 16, (__mmask16)(mask >> 16), v.hi);
 }
-inline void store_first(Float16* p, Pair v, int64_t count) {
-  _mm512_mask_storeu_epi16(p, first_lanes(count), to_float16(v));
+template <class Values>
+inline void store_first(Float16* p, Values v, int64_t count) {
+  _mm512_mask_storeu_epi16(p, first_lanes(count), pack(v, Float16()));
 }
 template <class Values>
 inline void store_first(BFloat16* p, Values v, int64_t count) {
-  _mm512_mask_storeu_epi16(p, first_lanes(count), to_bfloat16(v));
+  _mm512_mask_storeu_epi16(p, first_lanes(count), pack(v, BFloat16()));
 }
 
 inline void stream(float* p, Pair v) {
   _mm512_stream_ps(p, v.lo);
   _mm512_stream_ps(p + 16, v.hi);
 }
-inline void stream(Float16* p, Pair v) { _mm512_stream_si512((__m512i*)p, to_float16(v)); }
+template <class Values>
+inline void stream(Float16* p, Values v) {
+  _mm512_stream_si512((__m512i*)p, pack(v, Float16()));
+}
 template <class Values>
 inline void stream(BFloat16* p, Values v) {
-  _mm512_stream_si512((__m512i*)p, to_bfloat16(v));
+  _mm512_stream_si512((__m512i*)p, pack(v, BFloat16()));
 }
 template <class T>
 inline void stream_end(const T*) {
@@ -198,7 +204,7 @@ inline Pair round_to<Float16>(Pair v) {
 
 template <>
 inline Pair round_to<BFloat16>(Pair v) {
-  return from_bfloat16(to_bfloat16(v));
+  return from_bfloat16(pack(v, BFloat16()));
 }
 
 template <class T>
@@ -208,18 +214,13 @@ constexpr bool kPrefersNormal<BFloat16> = true;
 
 struct Normal : Pair {};
 
-inline void store(BFloat16* p, Normal v) { _mm512_storeu_si512(p, normal_to_bfloat16(v)); }
-inline void store_first(BFloat16* p, Normal v, int64_t count) {
-  _mm512_mask_storeu_epi16(p, first_lanes(count), normal_to_bfloat16(v));
-}
-inline void stream(BFloat16* p, Normal v) {
-  _mm512_stream_si512((__m512i*)p, normal_to_bfloat16(v));
-}
+inline __m512i pack(Normal v, BFloat16) { return normal_to_bfloat16(v); }
+
 template <class T>
 Pair round_to(Normal v);
 template <>
 inline Pair round_to<BFloat16>(Normal v) {
-  return from_bfloat16(normal_to_bfloat16(v));
+  return from_bfloat16(pack(v, BFloat16()));
 }
 
 // Magnitudes are compared as 16 bits: those of a bfloat16 without its sign, doubled and less one,
@@ -311,7 +312,7 @@ inline Native operator*(Native a, Native b) {
   return {_mm256_mul_ph(a.lo, b.lo), _mm256_mul_ph(a.hi, b.hi)};
 }
 
-inline __m512i bits_of(Native v) {
+inline __m512i pack(Native v, Float16) {
   return _mm512_inserti64x4(
       _mm512_castsi256_si512(_mm256_castph_si256(v.lo)), _mm256_castph_si256(v.hi), 1);
 }
@@ -328,12 +329,87 @@ inline void store(Float16* p, Native v) {
   _mm256_storeu_si256((__m256i*)p, _mm256_castph_si256(v.lo));
   _mm256_storeu_si256((__m256i*)(p + 16), _mm256_castph_si256(v.hi));
 }
-inline void store_first(Float16* p, Native v, int64_t count) {
-  _mm512_mask_storeu_epi16(p, first_lanes(count), bits_of(v));
-}
-inline void stream(Float16* p, Native v) { _mm512_stream_si512((__m512i*)p, bits_of(v)); }
 
 #endif
+
+// The lines that a Pair fills.
+template <class T, class Values>
+inline void lines_of(Values v, __m512i (&lines)[1]) {
+  lines[0] = pack(v, T());
+}
+template <class T>
+inline void lines_of(Pair v, __m512i (&lines)[2]) {
+  lines[0] = _mm512_castps_si512(v.lo);
+  lines[1] = _mm512_castps_si512(v.hi);
+}
+
+// Keeps what it has been given of a line that ends in the next Pair; a permutation puts the line
+// together. The row's first and last line, of which its neighbours have parts, are stored as usual,
+// but as lines, too: an address within a line would take the next one along, masked out or not, and
+// wait until that has been streamed.
+template <class T>
+class ShiftedStream {
+ public:
+  ShiftedStream() = default;
+  explicit ShiftedStream(T* row)
+      : lead_(int(-uintptr_t(row) % 64 / sizeof(T))), lines_(row + lead_ - kLine) {
+    if constexpr (sizeof(T) == 2) {
+      const __m512i lanes = _mm512_set_epi16(
+          31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16,  //
+          15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      from_ = _mm512_add_epi16(lanes, _mm512_set1_epi16(int16_t(lead_)));
+    } else {
+      const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      from_ = _mm512_add_epi32(lanes, _mm512_set1_epi32(lead_));
+    }
+  }
+
+  template <class Values>
+  void write(int64_t i, Values v) {
+    __m512i given[kLines];
+    lines_of<T>(v, given);
+    for (int l = 0; l < kLines; ++l) {
+      const __m512i line = joined(kept_, given[l]);
+      if (i == 0 && l == 0) {
+        store_lanes(lines_, line, ~first_lanes(kLine - lead_));
+      } else {
+        _mm512_stream_si512((__m512i*)(lines_ + i + l * kLine), line);
+      }
+      kept_ = given[l];
+    }
+  }
+  template <class Values>
+  void write_first(int64_t i, Values v, int64_t count) {
+    __m512i given[kLines];
+    lines_of<T>(v, given);
+    int64_t left = kLine - lead_ + count;
+    for (int l = 0; left > 0; ++l, left -= kLine) {
+      const __m512i line = l < kLines ? joined(kept_, given[l]) : joined(kept_, kept_);
+      store_lanes(lines_ + i + l * kLine, line, first_lanes(left < kLine ? left : kLine));
+      if (l < kLines) kept_ = given[l];
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64 / sizeof(T);
+  static constexpr int kLines = Pair::kLanes / kLine;
+
+  __m512i joined(__m512i a, __m512i b) const {
+    return sizeof(T) == 2 ? _mm512_permutex2var_epi16(a, from_, b)
+                          : _mm512_permutex2var_epi32(a, from_, b);
+  }
+  static void store_lanes(T* line, __m512i lanes, __mmask32 mask) {
+    if constexpr (sizeof(T) == 2) {
+      _mm512_mask_storeu_epi16(line, mask, lanes);
+    } else {
+      _mm512_mask_storeu_epi32(line, (__mmask16)mask, lanes);
+    }
+  }
+
+  int lead_;  // elements before the first line that begins in the row
+  T* lines_;  // the line before that
+  __m512i from_, kept_;
+};
 
 }  // namespace
 }  // namespace coreai_torch

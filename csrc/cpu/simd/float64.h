@@ -21,6 +21,7 @@ struct OfBFloat16 : Pair {};
 
 constexpr int kForwardRows = 1;
 constexpr bool kStreams = false;
+constexpr bool kStreamsAnyRow = false;
 
 inline void split(Pair v, Vector* parts) {
   parts[0] = __builtin_shufflevector(v.lo, v.hi, 0, 1, 2, 3);

@@ -23,6 +23,11 @@
 //                              for operands beyond the caches?
 //   stream(T*, Pair)           like store, past the caches; the address is a multiple of 64 bytes
 //   stream_end(const T*)       makes what was streamed there visible to other threads
+//   kStreamsAnyRow             is there the next one?
+//   ShiftedStream<T>           streams a row that may begin and end within a line: all of its Pairs
+//                              in order by write(i, Pair), where i is the place in the row, then
+//                              what is left by write_first(i, Pair, n). It has a Pair or more, and
+//                              something is left
 //   kPrefersNormal<T>          is rounding to T faster if no number is denormal? A caller that
 //                              knows (zeros may be there) says so by its type: store, store_first,
 //                              stream and round_to<T> take a Normal, which is a Pair, as well
