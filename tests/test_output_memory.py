@@ -69,7 +69,7 @@ from coreai_torch.backends import cpu
 PART = 800_000  # elements
 ELEMENTS = {torch.float32: 7 << 20, torch.bfloat16: 13 << 20, torch.float16: 13 << 20}
 for dtype, elements in ELEMENTS.items():
-    for dim in (64, 528, 1024, 5120, 8208, 8224):
+    for dim in (64, 80, 528, 1001, 1024, 4095, 5120, 8208, 8224):
         x = torch.randn(3, elements // 3 // dim + 1, dim).to(dtype)
         w = torch.randn(3, 1, dim).to(dtype)
         x[:, ::97, 3] = 1e-38
