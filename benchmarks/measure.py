@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ def measure(case: Case, plan: Plan) -> dict[str, Any]:
         return record | {"failed": wrong["ours"]}
     for name in wrong:
         del inference[name], training[name]
+    faults: dict[Key, list[float]] = {}
     if plan.method == "ring":
         samples = time_on_ring(case, inference, training, plan, wrong)
     else:
@@ -68,12 +70,14 @@ def measure(case: Case, plan: Plan) -> dict[str, Any]:
             timings = timing.take_turns(timed, plan.effort, evictor(), apart=True)
         else:
             timings = timing.take_turns(timed, plan.effort)
-        samples = timings.seconds
+        samples, faults = timings.seconds, timings.page_faults
         record |= timings.counts()
     times: dict[str, dict[str, dict[str, float]]] = {}
     for (direction, name), taken in samples.items():
         moved = 2 * case.tensor_bytes if name in ROOFS else record["bytes"][direction]
         times.setdefault(direction, {})[name] = timing.summary(taken, moved)
+        if (direction, name) in faults:
+            times[direction][name]["page_faults"] = round(median(faults[direction, name]))
     return record | {"skipped": wrong, "times": times}
 
 

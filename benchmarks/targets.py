@@ -160,10 +160,15 @@ def slower(run: Record) -> Iterator[str]:
             for name in providers_of(run):
                 loss = ratio(case, direction, "ours", name)
                 if loss is not None and loss > 1:
-                    ours, other = (time_of(case, direction, each) for each in ("ours", name))
+                    times = [case["times"][direction][each] for each in ("ours", name)]
+                    ours, other = (each["median_us"] for each in times)
+                    pages = ""
+                    if all("page_faults" in each for each in times):
+                        mine, theirs = (each["page_faults"] for each in times)
+                        pages = f"; page faults: {mine} against {theirs}"
                     yield (
                         f"{many}, {case['name']}, {SHORT[direction]}: {loss:.2f} times {name} "
-                        f"({ours:.1f} against {other:.1f} µs)"
+                        f"({ours:.1f} against {other:.1f} µs{pages})"
                     )
 
 

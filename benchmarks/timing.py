@@ -14,6 +14,11 @@ from collections.abc import Callable, Hashable, Mapping
 from statistics import median, quantiles
 from typing import Generic, NamedTuple, TypeVar
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 MIN_TIMING_S = 0.003  # a timing lasts at least this,
 MIN_ROUND_S = 0.2  # and a round this, or clock ticks of 10 ms could not show 5 % of the machine
 LONG = 10  # times a timing's target: of such a call one is enough to warm up
@@ -38,6 +43,7 @@ TRIAL = Effort(rounds=1, budget=0.0, round_s=0.0)  # every call once, to try the
 
 class Timings(NamedTuple, Generic[Key]):
     seconds: dict[Key, list[float]]  # per call, one for each round
+    page_faults: dict[Key, list[float]]  # the same
     rounds: int
     dropped: int  # contended rounds that were repeated
     contended: int  # contended rounds among those kept, when the repeats had run out
@@ -54,6 +60,11 @@ def busy_seconds() -> float | None:
     except (OSError, ValueError):
         return None
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def page_faults() -> int:
+    """Pages that the system has handed out to this process so far; 0 where it does not count."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
 
 
 class Contention:
@@ -105,19 +116,20 @@ def take_turns(
         settle()
         return seconds(run, 1)
 
-    def timing(key: Key) -> float:
+    def timing(key: Key) -> tuple[float, float]:
         run, count = timed[key], times[key]
-        if apart:
-            return sum(settled(run) for _ in range(count)) / count
-        if count > 2:
-            run()  # bring in the data that the one before has displaced
-        settle()
-        return seconds(run, count) / count
+        if not apart:
+            if count > 2:
+                run()  # bring in the data that the one before has displaced
+            settle()
+        before = page_faults()
+        spent = sum(settled(run) for _ in range(count)) if apart else seconds(run, count)
+        return spent / count, (page_faults() - before) / count
 
     loops = {key: functools.partial(settled, run) if apart else run for key, run in timed.items()}
     times = {key: iterations(loop, target) for key, loop in loops.items()}
     needed = min(effort.rounds, MIN_ROUNDS)
-    taken: list[tuple[float, dict[Key, float]]] = []
+    taken: list[tuple[float, dict[Key, tuple[float, float]]]] = []
     clean = 0
     start = time.perf_counter()
     for index in range(effort.rounds * (1 + REPEATS)):
@@ -135,9 +147,11 @@ def take_turns(
         kept = [each for each in taken if each[0] <= CONTENDED]
     else:
         kept = sorted(taken, key=lambda each: each[0])[:needed]
-    per_key = {key: [result[key] for _, result in kept] for key in keys}
+    per_call, faults = (
+        {key: [result[key][i] for _, result in kept] for key in keys} for i in (0, 1)
+    )
     contended = sum(share > CONTENDED for share, _ in kept)
-    return Timings(per_key, len(kept), len(taken) - len(kept), contended)
+    return Timings(per_call, faults, len(kept), len(taken) - len(kept), contended)
 
 
 def summary(samples: list[float], moved: int | None = None) -> dict[str, float]:

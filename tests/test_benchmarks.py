@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,33 @@ def test_rounds_take_turns(monkeypatch):
     timing.take_turns(timed, timing.Effort(3, 100.0, 0.0))
     rounds = "".join(order[-9:])
     assert [rounds[i : i + 3] for i in range(0, 9, 3)] == ["abc", "bca", "cab"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="does not count page faults")
+def test_page_faults_are_counted():
+    pages = 1000
+
+    def touch() -> None:
+        with mmap.mmap(-1, pages * mmap.PAGESIZE) as memory:
+            if hasattr(mmap, "MADV_NOHUGEPAGE"):
+                memory.madvise(mmap.MADV_NOHUGEPAGE)
+            memory[:: mmap.PAGESIZE] = bytes(pages)
+
+    timings = timing.take_turns({"touch": touch, "rest": lambda: None}, timing.Effort(3, 100.0))
+    assert all(pages <= faults < pages + 100 for faults in timings.page_faults["touch"])
+    assert all(faults < 100 for faults in timings.page_faults["rest"])
+
+
+def test_a_loss_is_told_with_its_page_faults():
+    def taken(us: float, faults: int) -> dict[str, float]:
+        return {"median_us": us, "page_faults": faults}
+
+    times = {"forward": {"ours": taken(3.0, 4096), "compile": taken(2.0, 1)}}
+    run = {"mode": "default", "threads": 2, "cases": [{"name": "it", "times": times}]}
+    (line,) = targets.slower(run)
+    assert line.endswith(
+        "fwd: 1.50 times compile (3.0 against 2.0 µs; page faults: 4096 against 1)"
+    )
 
 
 def test_calls_apart_are_settled_one_by_one(monkeypatch):
