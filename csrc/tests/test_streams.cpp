@@ -1,8 +1,8 @@
 // Outputs so large that they are stored past the caches: they have the bits of the same rows stored
 // as usual, and nothing beside them is written, wherever in a line the rows begin and end.
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <vector>
@@ -33,10 +33,10 @@ class Guarded {
     return std::memcmp(&memory_[begin_], &other.memory_[other.begin_], bytes_) == 0;
   }
   bool is_untouched_around() const {
-    for (size_t i = 0; i < memory_.size(); ++i) {
-      if ((i < begin_ || i >= begin_ + bytes_) && memory_[i] != kUntouched) return false;
-    }
-    return true;
+    const auto is_untouched = [](unsigned char byte) { return byte == kUntouched; };
+    const auto begin = memory_.begin() + begin_, end = begin + bytes_;
+    return std::all_of(memory_.begin(), begin, is_untouched) &&
+           std::all_of(end, memory_.end(), is_untouched);
   }
 
  private:

@@ -43,19 +43,19 @@ inline __m256i load_256(const void* p) { return _mm256_loadu_si256((const __m256
 inline __m128i load_128(const void* p) { return _mm_loadu_si128((const __m128i*)p); }
 
 inline Pair load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline Pair load(const Float16* p) {
-  return {_mm256_cvtph_ps(load_128(p)), _mm256_cvtph_ps(load_128(p + 8))};
-}
-// Eight numbers, which the load puts into both halves: one shuffle for a widening and a shift.
-inline __m256 from_bfloat16(__m128i v) {
+// `unpack` widens eight numbers of 16 bits.
+inline __m256 unpack(__m128i v, Float16) { return _mm256_cvtph_ps(v); }
+// The load puts them into both halves: one shuffle for a widening and a shift.
+inline __m256 unpack(__m128i v, BFloat16) {
   const __m256i twice = _mm256_broadcastsi128_si256(v);
   const __m256i upper_halves = _mm256_set_epi8(
       15, 14, -1, -1, 13, 12, -1, -1, 11, 10, -1, -1, 9, 8, -1, -1,  //
       7, 6, -1, -1, 5, 4, -1, -1, 3, 2, -1, -1, 1, 0, -1, -1);
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, upper_halves));
 }
-inline Pair load(const BFloat16* p) {
-  return {from_bfloat16(load_128(p)), from_bfloat16(load_128(p + 8))};
+template <class T>
+inline Pair load(const T* p) {
+  return {unpack(load_128(p), T()), unpack(load_128(p + 8), T())};
 }
 
 // The float whose upper half is `v` rounded to bfloat16 (to nearest, ties to even; a NaN stays
@@ -127,13 +127,10 @@ __attribute__((noinline)) __m128i load_first_half(const T* p, int64_t count) {
 inline Pair load_first(const float* p, int64_t count) {
   return {load_first_half(p, count), load_first_half(p + 8, count - 8)};
 }
-inline Pair load_first(const Float16* p, int64_t count) {
-  const Pair v{_mm256_cvtph_ps(load_first_half(p, count)), _mm256_setzero_ps()};
-  return count <= 8 ? v : Pair{v.lo, _mm256_cvtph_ps(load_first_half(p + 8, count - 8))};
-}
-inline Pair load_first(const BFloat16* p, int64_t count) {
-  const Pair v{from_bfloat16(load_first_half(p, count)), _mm256_setzero_ps()};
-  return count <= 8 ? v : Pair{v.lo, from_bfloat16(load_first_half(p + 8, count - 8))};
+template <class T>
+inline Pair load_first(const T* p, int64_t count) {
+  const Pair v{unpack(load_first_half(p, count), T()), _mm256_setzero_ps()};
+  return count <= 8 ? v : Pair{v.lo, unpack(load_first_half(p + 8, count - 8), T())};
 }
 
 __attribute__((noinline)) void store_first_half(float* p, __m256 v, int64_t count) {
