@@ -222,16 +222,13 @@ MISTAKES = {
     # name: file, change, width of the rows, what is reported
     "the sum is written beyond the end of a row": (
         "rms_norm_forward.cuh",
-        instead(
-            "if (live && column(i) < dim) x[i].store_streaming(new_residual",
-            "if (live) x[i].store_streaming(new_residual",
-        ),
+        instead("if (has(i)) x[i].store(new_residual", "if (live) x[i].store(new_residual"),
         72,
         "race: write of new_residual|runs past the end of new_residual|outside of every buffer",
     ),
     "the sum is read before it is written": (
         "rms_norm_forward.cuh",
-        instead("        x[i].store_streaming(new_residual + first + i * step);\n", ""),
+        instead("        x[i].store(new_residual + first + i * step);\n", ""),
         33,
         "uninitialized new_residual",
     ),

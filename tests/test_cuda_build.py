@@ -124,8 +124,9 @@ def row_kernels(
 
 
 def row_loads(kernel: Kernel) -> list[int]:
-    """Where in a forward kernel rows are read: into registers, or into shared memory."""
-    into_registers = re.compile(r"LDG\S*\.NA")
+    """Where in a forward kernel rows are read: into registers, or into shared memory. The scale is
+    read as a constant."""
+    into_registers = re.compile(r"LDG\.(?!.*CONSTANT)")
     return [
         i
         for i, opcode in enumerate(kernel.opcodes)

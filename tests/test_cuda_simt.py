@@ -336,16 +336,13 @@ MISTAKES = {
     ),
     "one access too many at the end of a row": (
         "rms_norm_forward.cuh",
-        instead(
-            "column(i) >= dim) continue;\n      if constexpr (in_shared_memory)",
-            "column(i) > dim) continue;\n      if constexpr (in_shared_memory)",
-        ),
+        instead("return live && column(i) < dim;", "return live && column(i) <= dim;"),
         8008,
         "runs past the end of input|outside of every buffer",
     ),
     "rows beyond the last": (
         "rms_norm_forward.cuh",
-        instead("const bool live = row < args.layout.rows;", "const bool live = true;"),
+        instead(" = W::kBlockRows == 1 || row < args.layout.rows;", " = true;"),
         64,
         # or in the buffer that happens to be next to it
         "runs past the end of input|outside of every buffer|output at byte",

@@ -63,33 +63,42 @@ struct Pack {
     }
   }
 
-  __device__ __forceinline__ void load_streaming(const T* p) {
-    load(p, [](const Unit* unit) { return coreai_torch::load_streaming(unit); });
+  // Zeros where it is not wanted.
+  __device__ __forceinline__ void load_row(const T* p, bool wanted, L2Policy policy) {
+    load(p, [=](const Unit* unit) { return coreai_torch::load_row(unit, wanted, policy); });
   }
-  __device__ __forceinline__ void load_cached(const T* p) {
-    load(p, [](const Unit* unit) { return coreai_torch::load_cached(unit); });
+  // The same, to be used only when much else has been done. A single element of 16 bits has a
+  // register of its own then.
+  __device__ __forceinline__ void load_row_ahead(const T* p, bool wanted, L2Policy policy) {
+    if constexpr (kBytes == 2) {
+      words[0] = load_row_apart(reinterpret_cast<const Unit*>(p), wanted);
+    } else {
+      load_row(p, wanted, policy);
+    }
+  }
+  __device__ __forceinline__ void load_cached(const T* p, bool wanted = true) {
+    load(p, [=](const Unit* unit) { return coreai_torch::load_cached(unit, wanted); });
   }
   // What was written in this launch, or in the one before it, which those above might not see.
   __device__ __forceinline__ void load_stored(const T* p) {
     load(p, [](const Unit* unit) { return coreai_torch::load_stored(unit); });
   }
-  __device__ __forceinline__ void store_streaming(T* p) const {
+  __device__ __forceinline__ void store(T* p) const {
     if constexpr (kBytes == 2) {
-      coreai_torch::store_streaming(reinterpret_cast<Unit*>(p), Unit(words[0]));
+      coreai_torch::store(reinterpret_cast<Unit*>(p), Unit(words[0]));
     } else {
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        coreai_torch::store_streaming(reinterpret_cast<Unit*>(p) + i, units[i]);
-      }
+      for (int i = 0; i < kUnits; ++i)
+        coreai_torch::store(reinterpret_cast<Unit*>(p) + i, units[i]);
     }
   }
 
   // By way of shared memory: unit i lies `stride` units behind unit 0.
   template <int stride>
-  static __device__ __forceinline__ void copy_async(Word16* shared, const T* p) {
+  static __device__ __forceinline__ void copy_async(Word16* shared, const T* p, L2Policy policy) {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      coreai_torch::copy_async(shared + i * stride, reinterpret_cast<const Word16*>(p) + i);
+      coreai_torch::copy_async(shared + i * stride, reinterpret_cast<const Word16*>(p) + i, policy);
     }
   }
   template <int stride>
@@ -151,8 +160,6 @@ struct Pack {
   }
 
  private:
-  // A single element of 16 bits has a register of its own: the compiler would pack two into one,
-  // and wait for both to arrive.
   template <class Load>
   __device__ __forceinline__ void load(const T* p, Load&& load) {
     if constexpr (kBytes == 2) {

@@ -15,6 +15,7 @@
 #include "coreai_torch/add_rms_norm.h"
 
 #include "alignment.cuh"
+#include "cache.cuh"
 #include "mean.cuh"
 #include "rms_norm_dtypes.cuh"
 #include "row_layout.cuh"
@@ -36,6 +37,7 @@ struct BackwardArgs {
   int64_t parts;  // blocks (or clusters) that share the rows of a group
   int stages;     // rows under way to a block
   Mean mean;
+  bool evict_last;                  // see rows_are_evicted_last()
   RowLayout<kAdds ? 4 : 3> layout;  // grad_output, input, grad_input[, grad_new_residual]
   const void* grad_new_residual;
 };
@@ -62,9 +64,15 @@ struct BackwardAccess {
   Pack<Input, N> input;
   Pack<Output<Input, Scale>, N> grad_output;
 
-  __device__ __forceinline__ void load(const Input* x, const Output<Input, Scale>* dy) {
-    input.load_streaming(x);
-    grad_output.load_streaming(dy);
+  __device__ __forceinline__ void load(
+      const Input* x, const Output<Input, Scale>* dy, L2Policy policy) {
+    input.load_row(x, true, policy);
+    grad_output.load_row(dy, true, policy);
+  }
+  __device__ __forceinline__ void load_ahead(
+      const Input* x, const Output<Input, Scale>* dy, bool wanted, L2Policy policy) {
+    input.load_row_ahead(x, wanted, policy);
+    grad_output.load_row_ahead(dy, wanted, policy);
   }
 
   __device__ __forceinline__ void stay_packed() {
@@ -120,7 +128,7 @@ struct BackwardAccess {
     if (!grad_input) return;
     Pack<Input, N> result;
     result.pack(x);
-    result.store_streaming(grad_input);
+    result.store(grad_input);
   }
 };
 
@@ -133,11 +141,11 @@ __device__ __forceinline__ void write_grad_scale(
   if (args.parts == 1) {
     Pack<Scale, N> result;
     result.pack(sums);
-    result.store_streaming(static_cast<Scale*>(args.grad_scale) + group * args.dim + column);
+    result.store(static_cast<Scale*>(args.grad_scale) + group * args.dim + column);
   } else {
     Pack<Number, N> result;
     result.pack(sums);
-    result.store_streaming(
+    result.store(
         static_cast<Number*>(args.partial) + (group * args.parts + part) * args.dim + column);
   }
 }
@@ -195,6 +203,7 @@ class BackwardThread {
   using Resources = BackwardResources<Input, Scale, N, W, kAdds>;
   using Access = BackwardAccess<Input, Scale, N>;
   static constexpr int kAccesses = W::kAccesses;
+  static constexpr int kStep = W::kCluster * W::kRowThreads * N;  // from one access to the next
 
   // `shared` is where the rows under way lie.
   __device__ __forceinline__
@@ -205,7 +214,7 @@ class BackwardThread {
             reinterpret_cast<Word16*>(shared + args.stages * W::kBlock * sizeof(int64_t)) +
             threadIdx.x),
         offsets_(reinterpret_cast<int64_t*>(shared) + threadIdx.x),
-        first_column_((rank * W::kRowThreads + lane()) * N) {
+        rank_(rank) {
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
       if constexpr (Resources::kKeepsScale) scale_[i] = load_scale(i);
@@ -214,9 +223,7 @@ class BackwardThread {
     }
   }
 
-  __device__ __forceinline__ int column(int i) const {
-    return i * W::kCluster * W::kRowThreads * N + first_column_;
-  }
+  __device__ __forceinline__ int column(int i) const { return i * kStep + first_column(); }
   __device__ __forceinline__ bool has(int i) const { return column(i) < int(args_.dim); }
 
   // Takes row k of the group under way, for the first time in this stage. Zeros, which add nothing,
@@ -248,19 +255,19 @@ class BackwardThread {
   __device__ __forceinline__ void fetch(int stage, int64_t k) {
     if (k >= args_.rows_of_group) return;
     int64_t offset[3];
-    args_.layout.offsets(args_.layout.row_of_group(group_, k), offset);
+    args_.layout.find_in_group(group_, k, offset);
     offsets_[stage * W::kBlock] = offset[2];
-    const auto* dy = static_cast<const Output<Input, Scale>*>(args_.grad_output) + offset[0];
-    const Input* x = static_cast<const Input*>(args_.input) + offset[1];
+    const auto* dy =
+        static_cast<const Output<Input, Scale>*>(args_.grad_output) + offset[0] + first_column();
+    const Input* x = static_cast<const Input*>(args_.input) + offset[1] + first_column();
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
-      if (!has(i)) continue;
-      if constexpr (Resources::kInSharedMemory) {
-        Pack<Input, N>::template copy_async<W::kBlock>(place(stage, i), x + column(i));
+      if constexpr (!Resources::kInSharedMemory) {
+        next_[i].load_ahead(x + i * kStep, dy + i * kStep, has(i), policy());
+      } else if (has(i)) {
+        Pack<Input, N>::template copy_async<W::kBlock>(place(stage, i), x + i * kStep, policy());
         Pack<Output<Input, Scale>, N>::template copy_async<W::kBlock>(
-            place(stage, i) + kGradPlace, dy + column(i));
-      } else {
-        next_[i].load(x + column(i), dy + column(i));
+            place(stage, i) + kGradPlace, dy + i * kStep, policy());
       }
     }
   }
@@ -274,7 +281,7 @@ class BackwardThread {
       for (int i = 0; i < kAccesses; ++i) {
         if (!has(i)) continue;
         Pack<Input, N>::template copy_async<W::kBlock>(
-            place(stage, i) + kAddedPlace, more + column(i));
+            place(stage, i) + kAddedPlace, more + i * kStep, policy());
       }
     }
   }
@@ -290,9 +297,7 @@ class BackwardThread {
     if constexpr (kAdds) {
       const Input* more = added_to(k);
 #pragma unroll
-      for (int i = 0; i < kAccesses; ++i) {
-        if (has(i)) added[i].load_streaming(more + column(i));
-      }
+      for (int i = 0; i < kAccesses; ++i) added[i].load_row(more + i * kStep, has(i), policy());
     }
   }
 
@@ -316,9 +321,9 @@ class BackwardThread {
     }
   }
 
-  // Where the gradient of the row goes that is in a stage.
+  // Where the gradient of the row goes that is in a stage, from this thread's first column on.
   __device__ __forceinline__ Input* grad_input(int stage) const {
-    return static_cast<Input*>(args_.grad_input) + offsets_[stage * W::kBlock];
+    return static_cast<Input*>(args_.grad_input) + offsets_[stage * W::kBlock] + first_column();
   }
 
   __device__ __forceinline__ void write_gradients(
@@ -326,7 +331,7 @@ class BackwardThread {
       Input* grad_input) {
     access.template write_gradients<kAdds>(
         row, scale(i), added, grad_scale_[i],
-        args_.grad_input && has(i) ? grad_input + column(i) : nullptr);
+        args_.grad_input && has(i) ? grad_input + i * kStep : nullptr);
   }
 
   // Writes the thread's sums of grad_scale where no other thread of the block has the same columns.
@@ -379,22 +384,30 @@ class BackwardThread {
   static __device__ __forceinline__ int lane() {
     return W::kBlockRows == 1 ? threadIdx.x : threadIdx.x % W::kRowThreads;
   }
+  // Of this thread. Made anew where it is needed: it would take a register.
+  __device__ __forceinline__ int first_column() const {
+    return ((W::kCluster > 1 ? rank_ * W::kRowThreads : 0) + lane()) * N;
+  }
+
+  __device__ __forceinline__ L2Policy policy() const { return l2_policy(args_.evict_last); }
 
   static constexpr int kGradPlace = Resources::kInputUnits * W::kBlock;
   static constexpr int kAddedPlace = kGradPlace + Resources::kGradUnits * W::kBlock;
 
+  // From this thread's first column on.
   __device__ __forceinline__ const Input* added_to(int64_t k) const {
     int64_t offset[1];
-    args_.layout.offsets(args_.layout.row_of_group(group_, k), offset, 3);
-    return static_cast<const Input*>(args_.grad_new_residual) + offset[0];
+    args_.layout.find_in_group(group_, k, offset, 3);
+    return static_cast<const Input*>(args_.grad_new_residual) + offset[0] + first_column();
   }
   __device__ __forceinline__ Word16* place(int stage, int i) const {
     return places_ + (stage * kAccesses + i) * Resources::kAccessUnits * W::kBlock;
   }
   __device__ __forceinline__ Pack<Scale, N> load_scale(int i) const {
     Pack<Scale, N> pack;
-    const Scale* scale = static_cast<const Scale*>(args_.scale) + group_ * args_.dim;
-    if (has(i)) pack.load_cached(scale + column(i));
+    const Scale* scale =
+        static_cast<const Scale*>(args_.scale) + group_ * args_.dim + first_column();
+    pack.load_cached(scale + i * kStep, has(i));
     return pack;
   }
 
@@ -402,7 +415,7 @@ class BackwardThread {
   const int64_t group_;
   Word16* const places_;
   int64_t* const offsets_;  // of the gradients of the rows under way
-  const int first_column_;
+  const int rank_;          // of the block in its cluster
   Pack<Scale, N> scale_[Resources::kKeepsScale ? kAccesses : 1];
   Access next_[Resources::kInSharedMemory ? 1 : kAccesses];
   float grad_scale_[kAccesses][N];
@@ -540,22 +553,22 @@ __global__ void __launch_bounds__(kStatisticsBlock, 2)
   using Number = Accumulate<Input>;
   COREAI_TORCH_SHARED_MEMORY(shared);
   Number* buffer = reinterpret_cast<Number*>(shared);
+  const L2Policy policy = l2_policy(args.evict_last);
   int turn = 0;
 #pragma unroll 1
   for (int64_t row = blockIdx.x; row < args.layout.rows; row += gridDim.x) {
-    int64_t offset[3];
-    args.layout.offsets(row, offset);
+    int64_t offset[3], group;
+    args.layout.find(row, offset, group);
     const auto* dy = static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0];
     const Input* x = static_cast<const Input*>(args.input) + offset[1];
-    const Scale* scale =
-        static_cast<const Scale*>(args.scale) + args.layout.group_of(row) * args.dim;
+    const Scale* scale = static_cast<const Scale*>(args.scale) + group * args.dim;
     Number sums[2] = {0, 0};
 #pragma unroll 2
     for (int64_t c = threadIdx.x * N; c < args.dim; c += int64_t(kStatisticsBlock) * N) {
       BackwardAccess<Input, Scale, N> access;
       Pack<Scale, N> w;
-      access.load(x + c, dy + c);
-      w.load_cached(scale + c);
+      access.load(x + c, dy + c, policy);
+      w.load_cached(scale + c, true);
       access.add_to(sums, w);
     }
     row_sum<kStatisticsBlock, 1>(
@@ -584,8 +597,9 @@ __global__ void __launch_bounds__(kColumnsBlock, 2)
   const int64_t column = blockIdx.x % slabs * slab + threadIdx.x * N;
   if (column >= args.dim) return;
 
+  const L2Policy policy = l2_policy(args.evict_last);
   Pack<Scale, N> w;
-  w.load_cached(static_cast<const Scale*>(args.scale) + group * args.dim + column);
+  w.load_cached(static_cast<const Scale*>(args.scale) + group * args.dim + column, true);
   const auto* statistics = static_cast<const RowStatistics<Number>*>(args.statistics);
   Number grad_scale[N] = {};
   const int64_t rows = args.rows_of_group;
@@ -601,13 +615,13 @@ __global__ void __launch_bounds__(kColumnsBlock, 2)
       if (k >= rows) break;
       const int64_t row = args.layout.row_of_group(group, k);
       int64_t offset[kAdds ? 4 : 3];
-      args.layout.offsets(row, offset);
+      args.layout.find_in_group(group, k, offset);
       access[i].load(
           static_cast<const Input*>(args.input) + offset[1] + column,
-          static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0] + column);
+          static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0] + column, policy);
       if constexpr (kAdds) {
-        added[i].load_streaming(
-            static_cast<const Input*>(args.grad_new_residual) + offset[3] + column);
+        added[i].load_row(
+            static_cast<const Input*>(args.grad_new_residual) + offset[3] + column, true, policy);
       }
       grad_input[i] = offset[2] + column;
       of_row[i] = statistics[row];
@@ -628,18 +642,17 @@ __global__ void __launch_bounds__(kColumnsBlock, 2)
 
 // Second stage: grad_scale[group][column] = sum over the parts. `lanes` threads of a block take N
 // adjacent columns each; the others walk down the parts, of which narrow rows have many.
-constexpr int kSumBlock = 1024;
-
-template <int lanes, int N>
+template <int block, int lanes, int N>
 struct SumShape {
   static constexpr int kColumns = lanes * N;
-  static constexpr int kWalkers = kSumBlock / lanes;
+  static constexpr int kWalkers = block / lanes;
+  static constexpr int kWarps = block / kWarp;
 };
 
-template <class Scale, class Number, int lanes, int N>
-__global__ void __launch_bounds__(kSumBlock)
+template <class Scale, class Number, int block, int lanes, int N>
+__global__ void __launch_bounds__(block)
     rms_norm_backward_sum(const __grid_constant__ BackwardArgs<false> args) {
-  using Shape = SumShape<lanes, N>;
+  using Shape = SumShape<block, lanes, N>;
   COREAI_TORCH_SHARED_MEMORY(shared);
   const int64_t slabs = (args.dim + Shape::kColumns - 1) / Shape::kColumns;
   const int64_t group = blockIdx.x / slabs;
@@ -673,14 +686,13 @@ __global__ void __launch_bounds__(kSumBlock)
   }
   __syncthreads();
 #pragma unroll
-  for (int c = warp; c < Shape::kColumns; c += kSumBlock / kWarp) {
-    Number sum[1] = {buffer[lane * (Shape::kColumns + 1) + c]};
+  for (int c = warp; c < Shape::kColumns; c += Shape::kWarps) {
+    Number sum[1] = {lane < Shape::kWarps ? buffer[lane * (Shape::kColumns + 1) + c] : 0};
     add_across_lanes<kWarp>(sum);
     if (lane == 0 && first_column + c < args.dim) {
       Pack<Scale, 1> result;
       result.pack(sum);
-      result.store_streaming(
-          static_cast<Scale*>(args.grad_scale) + group * args.dim + first_column + c);
+      result.store(static_cast<Scale*>(args.grad_scale) + group * args.dim + first_column + c);
     }
   }
 }
@@ -692,6 +704,7 @@ template <class Call>
 struct BackwardPlan {
   int64_t parts;
   int stages;
+  bool evict_last;
   int64_t partial_bytes;  // in the workspace, followed by
   int64_t statistics_bytes;
   cudaError_t (*run)(const Call& call, const BackwardPlan& plan, int device, cudaStream_t stream);
@@ -728,6 +741,7 @@ BackwardArgs<kBackwardAdds<Call>> backward_args(
       plan.parts,
       plan.stages,
       Mean(shape.dim, shape.eps),
+      plan.evict_last,
       layout_of(call),
       nullptr};
   if constexpr (kBackwardAdds<Call>) args.grad_new_residual = call.grad_new_residual;
@@ -736,24 +750,22 @@ BackwardArgs<kBackwardAdds<Call>> backward_args(
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// As many parts as give every multiprocessor `resident` blocks, but none without rows. A few
+// As many parts as there are to be blocks of a group, but none without rows. A few
 // batches of rows take one block less time than a second launch takes.
 constexpr int64_t kFewBatches = 2;
-inline int64_t parts_of_group(const RmsNormShape& shape, int64_t resident, int64_t rows_at_once) {
-  const int64_t most = ceil_divide(shape.rows / shape.groups, rows_at_once);
-  if (most <= kFewBatches) return 1;
-  const int64_t wanted = resident / shape.groups;
-  return wanted < 1 ? 1 : wanted < most ? wanted : most;
+inline int64_t parts_of_group(int64_t batches, int64_t wanted) {
+  if (batches <= kFewBatches || wanted < 1) return 1;
+  return wanted < batches ? wanted : batches;
 }
 
-template <class Scale, class Number, int lanes, int N>
+template <class Scale, class Number, int block, int lanes, int N>
 cudaError_t sum_partials(const BackwardArgs<false>& args, int device, cudaStream_t stream) {
-  using Shape = SumShape<lanes, N>;
+  using Shape = SumShape<block, lanes, N>;
   const int64_t blocks = args.layout.groups * ceil_divide(args.dim, Shape::kColumns);
-  constexpr size_t shared = sizeof(Number) * kSumBlock / kWarp * (Shape::kColumns + 1);
-  constexpr auto kernel = rms_norm_backward_sum<Scale, Number, lanes, N>;
+  constexpr size_t shared = sizeof(Number) * Shape::kWarps * (Shape::kColumns + 1);
+  constexpr auto kernel = rms_norm_backward_sum<Scale, Number, block, lanes, N>;
   const bool early = can_start_early(device, kernel);
-  return launch({blocks, kSumBlock, shared, stream, 1, early}, kernel, args);
+  return launch({blocks, block, shared, stream, 1, early}, kernel, args);
 }
 
 template <class Resources, class W>
@@ -806,6 +818,7 @@ BackwardPlan<Call> plan_with_access(const Call& call, int device) {
   const RmsNormShape& shape = call.shape;
   const int64_t processors = multiprocessors(device);
   BackwardPlan<Call> plan = {};
+  plan.evict_last = rows_are_evicted_last<Input>(shape, device);
   const bool done = with_width(Candidates{}, ceil_divide(shape.dim, N), [&](auto width) {
     using W = decltype(width);
     using Resources = BackwardResources<Input, Scale, N, W, kAdds>;
@@ -823,13 +836,19 @@ BackwardPlan<Call> plan_with_access(const Call& call, int device) {
       plan.stages = N > 1 && Resources::shared_bytes(2) <= shared ? 2 : 1;
       if (Resources::shared_bytes(plan.stages) > shared) return false;
     }
-    plan.parts = parts_of_group(shape, resident, W::kBlockRows);
+    const int64_t batches = ceil_divide(shape.rows / shape.groups, W::kBlockRows);
+    plan.parts = parts_of_group(batches, resident / shape.groups);
+    // No stages for which a block has no rows.
+    const int64_t visits = ceil_divide(batches, plan.parts);
+    if (W::kCluster == 1 && visits < plan.stages) plan.stages = int(visits);
     plan.run = run_rows<Input, Scale, N, W, Call>;
     return true;
   });
   if (!done) {
     const int64_t slabs = ceil_divide(shape.dim, int64_t(kColumnsBlock) * N);
-    plan.parts = parts_of_group(shape, ceil_divide(4 * processors, slabs), kColumnsBatch<kAdds>);
+    plan.parts = parts_of_group(
+        ceil_divide(shape.rows / shape.groups, kColumnsBatch<kAdds>),
+        ceil_divide(4 * processors, slabs) / shape.groups);
     plan.run = run_wide<Input, Scale, N, Call>;
     plan.statistics_bytes = shape.rows * 2 * int64_t(sizeof(Number));
   }
@@ -874,13 +893,15 @@ cudaError_t rms_norm_backward(const Call& call, int device, cudaStream_t stream)
   if (error != cudaSuccess || !call.grad_scale || plan.parts == 1) return error;
   using Number = Accumulate<Input>;
   const BackwardArgs<false> args = backward_args(static_cast<const RmsNormBackward&>(call), plan);
-  if (args.dim <= 1024) return sum_partials<Scale, Number, 8, 1>(args, device, stream);
+  if (args.dim <= 512) return sum_partials<Scale, Number, 512, 8, 1>(args, device, stream);
+  if (args.dim <= 1024) return sum_partials<Scale, Number, 1024, 8, 1>(args, device, stream);
   if constexpr (kHasRowKernels<Input>) {
     if (args.dim >= 8192 && args.dim % 4 == 0) {
-      return sum_partials<Scale, Number, 32, 4>(args, device, stream);
+      return sum_partials<Scale, Number, 1024, 32, 4>(args, device, stream);
     }
   }
-  return sum_partials<Scale, Number, 32, 1>(args, device, stream);
+  if (args.parts <= 64) return sum_partials<Scale, Number, 512, 32, 1>(args, device, stream);
+  return sum_partials<Scale, Number, 1024, 32, 1>(args, device, stream);
 }
 
 }  // namespace coreai_torch

@@ -4,6 +4,7 @@
 #include "coreai_torch/add_rms_norm.h"
 
 #include "alignment.cuh"
+#include "cache.cuh"
 #include "mean.cuh"
 #include "rms_norm_dtypes.cuh"
 #include "row_layout.cuh"
@@ -19,6 +20,7 @@ struct ForwardArgs {
   int64_t dim;
   int64_t first_row;  // of this launch
   Mean mean;
+  bool evict_last;                  // see rows_are_evicted_last()
   RowLayout<kAdds ? 4 : 2> layout;  // input, output[, residual, new_residual]
   const void* residual;
   void* new_residual;
@@ -44,7 +46,7 @@ __device__ __forceinline__ void write_normalized(
   for (int e = 0; e < N; ++e) x[e] *= w[e];
   Pack<Output<Input, Scale>, N> result;
   result.pack(x);
-  result.store_streaming(output);
+  result.store(output);
 }
 
 template <class T, int N>
@@ -59,9 +61,10 @@ __device__ __forceinline__ Accumulate<T> sum_of_squares(const Pack<T, N>& pack) 
 
 // Blocks of a multiprocessor that the registers have room for.
 template <int N, class W>
-constexpr int kForwardBlocks = (N == 1             ? 1536
-                                : W::kBlock >= 512 ? 1024
-                                                   : 896) /
+constexpr int kForwardBlocks = (N == 1              ? (W::kRowThreads > kWarp ? kMostThreads : 1536)
+                                : W::kBlock >= 512  ? 1024
+                                : W::kAccesses >= 4 ? 640
+                                                    : 896) /
                                W::kBlock;
 
 // Where a thread has more of a row than this, it keeps it in shared memory.
@@ -91,56 +94,55 @@ __global__ void __launch_bounds__(W::kBlock, (kForwardBlocks<N, W>))
     const int lane = threadIdx.x % threads;
     const int rank = cluster > 1 ? int(cluster_rank()) : 0;
     if constexpr (cluster > 1) cluster_arrive();
-    const int dim = int(args.dim);
     const int64_t row =
         args.first_row + int64_t(blockIdx.x / cluster) * W::kBlockRows + threadIdx.x / threads;
-    const bool live = row < args.layout.rows;
-    int64_t offset[kAdds ? 4 : 2];
-    args.layout.offsets(live ? row : 0, offset);
+    const bool live = W::kBlockRows == 1 || row < args.layout.rows;
+    int64_t offset[kAdds ? 4 : 2], group;
+    args.layout.find(row, offset, group);
+    const int dim = int(args.dim);
     const auto column = [=](int i) { return ((i * cluster + rank) * threads + lane) * N; };
+    const auto has = [=](int i) { return live && column(i) < dim; };
 
-    const Input* input = static_cast<const Input*>(args.input) + offset[0];
+    const Input* input = static_cast<const Input*>(args.input) + offset[0] + column(0);
+    const Scale* scale = static_cast<const Scale*>(args.scale) + group * dim + column(0);
+    constexpr int step = cluster * threads * N;
+    const L2Policy policy = l2_policy(args.evict_last);
+
+    // The scale is under way together with the row, where registers allow. It is asked for first:
+    // the compiler would ask for it when the row is there.
+    constexpr bool scale_first =
+        N > 1 && W::kBlock < 512 && accesses * Pack<Scale, N>::kBytes <= 64;
+    Pack<Scale, N> w[accesses];
+    if constexpr (scale_first) {
+#pragma unroll
+      for (int i = 0; i < accesses; ++i) w[i].load_cached(scale + i * step, has(i));
+    }
     constexpr bool in_shared_memory = kRowInSharedMemory<N, W>;
     static_assert(!(in_shared_memory && kAdds));
     Word16* const places = reinterpret_cast<Word16*>(shared + kForwardSumBytes<W>) + threadIdx.x;
     Pack<Input, N> x[in_shared_memory ? 1 : accesses];
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
-      if (!live || column(i) >= dim) continue;
-      if constexpr (in_shared_memory) {
-        Pack<Input, N>::template copy_async<W::kBlock>(places + i * W::kBlock, input + column(i));
-      } else {
-        x[i].load_streaming(input + column(i));
+      if constexpr (!in_shared_memory) {
+        x[i].load_row(input + i * step, has(i), policy);
+      } else if (has(i)) {
+        Pack<Input, N>::template copy_async<W::kBlock>(
+            places + i * W::kBlock, input + i * step, policy);
       }
     }
     if constexpr (in_shared_memory) copy_async_commit();
     Pack<Input, N> added[kAdds ? accesses : 1];
     if constexpr (kAdds) {
-      const Input* residual = static_cast<const Input*>(args.residual) + offset[2];
+      const Input* residual = static_cast<const Input*>(args.residual) + offset[2] + column(0);
 #pragma unroll
-      for (int i = 0; i < accesses; ++i) {
-        if (live && column(i) < dim) added[i].load_streaming(residual + column(i));
-      }
+      for (int i = 0; i < accesses; ++i) added[i].load_row(residual + i * step, has(i), policy);
     }
-    // The scale is fetched while the row is under way, where registers allow.
-    constexpr bool scale_first =
-        N > 1 && W::kBlock < 512 && accesses * Pack<Scale, N>::kBytes <= 64;
-    const Scale* scale =
-        static_cast<const Scale*>(args.scale) + args.layout.group_of(live ? row : 0) * args.dim;
-    Pack<Scale, N> w[accesses];
-    if constexpr (scale_first) {
-#pragma unroll
-      for (int i = 0; i < accesses; ++i) {
-        if (column(i) < dim) w[i].load_cached(scale + column(i));
-      }
-    }
-
     if constexpr (kAdds) {
-      Input* new_residual = static_cast<Input*>(args.new_residual) + offset[3];
+      Input* new_residual = static_cast<Input*>(args.new_residual) + offset[3] + column(0);
 #pragma unroll
       for (int i = 0; i < accesses; ++i) {
         x[i].add(added[i]);
-        if (live && column(i) < dim) x[i].store_streaming(new_residual + column(i));
+        if (has(i)) x[i].store(new_residual + i * step);
       }
     }
 
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(W::kBlock, (kForwardBlocks<N, W>))
     float sum[1] = {0};
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
-      if (in_shared_memory && !(live && column(i) < dim)) continue;
+      if (in_shared_memory && !has(i)) continue;
       sum[0] += sum_of_squares(access(i));
     }
     if constexpr (cluster > 1) cluster_wait();  // the other blocks have started
@@ -169,12 +171,13 @@ __global__ void __launch_bounds__(W::kBlock, (kForwardBlocks<N, W>))
       for (int i = 0; i < accesses; ++i) x[i].stay_packed();
     }
     const float rstd = args.mean.rstd(sum[0]);
-    auto* output = static_cast<Output<Input, Scale>*>(args.output) + offset[1];
+    auto* output = static_cast<Output<Input, Scale>*>(args.output) + offset[1] + column(0);
 #pragma unroll
     for (int i = 0; i < accesses; ++i) {
-      if (column(i) >= dim) continue;
-      if constexpr (!scale_first) w[i].load_cached(scale + column(i));
-      write_normalized(access(i), w[i], rstd, output + column(i));
+      // In branches, one access after the other, where the registers do not hold all of the scale.
+      if ((kAdds || accesses > 4) && !has(i)) continue;
+      if constexpr (!scale_first) w[i].load_cached(scale + i * step, has(i));
+      if (has(i)) write_normalized(access(i), w[i], rstd, output + i * step);
     }
   }
 }
@@ -189,10 +192,11 @@ __global__ void __launch_bounds__(kWideBlock)
   using Number = Accumulate<Input>;
   COREAI_TORCH_SHARED_MEMORY(shared);
   const int64_t row = args.first_row + blockIdx.x;
-  int64_t offset[kAdds ? 4 : 2];
-  args.layout.offsets(row, offset);
+  int64_t offset[kAdds ? 4 : 2], group;
+  args.layout.find(row, offset, group);
   const Input* input = static_cast<const Input*>(args.input) + offset[0];
   constexpr int64_t step = int64_t(kWideBlock) * N;
+  const L2Policy policy = l2_policy(args.evict_last);
 
   Number sum[1] = {0};
   Input* new_residual = nullptr;
@@ -205,14 +209,14 @@ __global__ void __launch_bounds__(kWideBlock)
 #pragma unroll
       for (int i = 0; i < kWideBatch; ++i) {
         if (first + i * step >= args.dim) break;
-        x[i].load_streaming(input + first + i * step);
-        added[i].load_streaming(residual + first + i * step);
+        x[i].load_row(input + first + i * step, true, policy);
+        added[i].load_row(residual + first + i * step, true, policy);
       }
 #pragma unroll
       for (int i = 0; i < kWideBatch; ++i) {
         if (first + i * step >= args.dim) break;
         x[i].add(added[i]);
-        x[i].store_streaming(new_residual + first + i * step);
+        x[i].store(new_residual + first + i * step);
         sum[0] += sum_of_squares(x[i]);
       }
     }
@@ -220,14 +224,14 @@ __global__ void __launch_bounds__(kWideBlock)
 #pragma unroll kWideBatch
     for (int64_t c = threadIdx.x * N; c < args.dim; c += step) {
       Pack<Input, N> x;
-      x.load_cached(input + c);
+      x.load_cached(input + c, true);
       sum[0] += sum_of_squares(x);
     }
   }
   row_sum<kWideBlock, 1>(sum, reinterpret_cast<Number*>(shared));
 
   const Number rstd = args.mean.rstd(sum[0]);
-  const Scale* scale = static_cast<const Scale*>(args.scale) + args.layout.group_of(row) * args.dim;
+  const Scale* scale = static_cast<const Scale*>(args.scale) + group * args.dim;
   auto* output = static_cast<Output<Input, Scale>*>(args.output) + offset[1];
 #pragma unroll 1
   for (int64_t first = threadIdx.x * N; first < args.dim; first += kWideBatch * step) {
@@ -238,7 +242,7 @@ __global__ void __launch_bounds__(kWideBlock)
         if constexpr (kAdds) {
           x[i].load_stored(new_residual + first + i * step);
         } else {
-          x[i].load_streaming(input + first + i * step);
+          x[i].load_row(input + first + i * step, true, policy);
         }
       }
     }
@@ -247,7 +251,7 @@ __global__ void __launch_bounds__(kWideBlock)
       const int64_t column = first + i * step;
       if (column >= args.dim) break;
       Pack<Scale, N> w;
-      w.load_cached(scale + column);
+      w.load_cached(scale + column, true);
       write_normalized(x[i], w, rstd, output + column);
     }
   }
@@ -306,9 +310,17 @@ template <class Input, class Scale, class Call>
 cudaError_t rms_norm_forward(const Call& call, int device, cudaStream_t stream) {
   constexpr bool kAdds = kIsSame<Call, AddRmsNormForward>;
   const RmsNormShape& shape = call.shape;
-  ForwardArgs<kAdds> args = {call.input,      call.scale, call.output,
-                             shape.dim,       0,          Mean(shape.dim, shape.eps),
-                             layout_of(call), nullptr,    nullptr};
+  ForwardArgs<kAdds> args = {
+      call.input,
+      call.scale,
+      call.output,
+      shape.dim,
+      0,
+      Mean(shape.dim, shape.eps),
+      rows_are_evicted_last<Input>(shape, device),
+      layout_of(call),
+      nullptr,
+      nullptr};
   if constexpr (kAdds) {
     args.residual = call.residual;
     args.new_residual = call.new_residual;

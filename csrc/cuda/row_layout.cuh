@@ -43,9 +43,10 @@ template <int operands>
 struct RowLayout {
   int64_t rows;
   bool narrow;  // fewer than 2^31 rows: divide by multiplication
+  bool flat;    // narrow, one row dimension and one row of the scale: nothing to divide
   int ndim;
+  int64_t strides[kMaxRowDimsCuda][operands];
   Divisor sizes[kMaxRowDimsCuda];
-  int64_t strides[operands][kMaxRowDimsCuda];
   int64_t groups;
   Divisor group_count;
   Divisor inner;
@@ -53,38 +54,46 @@ struct RowLayout {
   RowLayout(const RmsNormShape& shape, const int64_t* const (&operand_strides)[operands])
       : rows(shape.rows),
         narrow(shape.rows < int64_t(1) << 31),
+        flat(narrow && shape.row_ndim == 1 && shape.groups == 1),
         ndim(shape.row_ndim),
         groups(shape.groups),
         group_count(shape.groups),
         inner(shape.inner) {
     for (int d = 0; d < ndim; ++d) {
       sizes[d] = Divisor(shape.row_sizes[d]);
-      for (int k = 0; k < operands; ++k) strides[k][d] = operand_strides[k][d];
+      for (int k = 0; k < operands; ++k) strides[d][k] = operand_strides[k][d];
     }
   }
 
-  // Of operands first, first + 1, ...
-  template <int count>
-  __device__ __forceinline__ void offsets(
-      int64_t row, int64_t (&offset)[count], int first = 0) const {
-    if (ndim == 1) {
-#pragma unroll
-      for (int k = 0; k < count; ++k) offset[k] = row * strides[first + k][0];
+  // Where a row begins in all operands, and the row of the scale that multiplies it.
+  __device__ __forceinline__ void find(
+      int64_t row, int64_t (&offset)[operands], int64_t& group) const {
+    if (flat) {
+      group = 0;
+      multiply(uint32_t(row), offset, 0);
     } else if (narrow) {
-      add_up(uint32_t(row), offset, first);
+      group = group_of(uint32_t(row));
+      add_up(uint32_t(row), offset, 0);
     } else {
-      add_up(row, offset, first);
+      group = group_of(row);
+      add_up(row, offset, 0);
     }
   }
 
-  // The row of the scale that multiplies this row.
-  __device__ __forceinline__ int64_t group_of(int64_t row) const {
-    if (groups == 1) return 0;
-    if (narrow) return divide(divide(uint32_t(row), inner).quotient, group_count).remainder;
-    return divide(divide(row, inner).quotient, group_count).remainder;
+  // Where the k-th of the rows that the scale's row `group` multiplies begins, in operands first,
+  // first + 1, ...
+  template <int count>
+  __device__ __forceinline__ void find_in_group(
+      int64_t group, int64_t k, int64_t (&offset)[count], int first = 0) const {
+    if (flat) {
+      multiply(uint32_t(k), offset, first);
+    } else if (narrow) {
+      add_up(uint32_t(row_of_group(group, k)), offset, first);
+    } else {
+      add_up(row_of_group(group, k), offset, first);
+    }
   }
 
-  // The k-th of the rows that the scale's row `group` multiplies.
   __device__ __forceinline__ int64_t row_of_group(int64_t group, int64_t k) const {
     if (groups == 1) return k;
     if (narrow) return row_of_group_as(uint32_t(group), uint32_t(k));
@@ -92,6 +101,12 @@ struct RowLayout {
   }
 
  private:
+  template <class Integer, int count>
+  __device__ __forceinline__ void multiply(Integer row, int64_t (&offset)[count], int first) const {
+#pragma unroll
+    for (int k = 0; k < count; ++k) offset[k] = int64_t(row) * strides[0][first + k];
+  }
+
   template <class Integer, int count>
   __device__ __forceinline__ void add_up(Integer row, int64_t (&offset)[count], int first) const {
 #pragma unroll
@@ -101,12 +116,18 @@ struct RowLayout {
       const QuotientRemainder<Integer> index = divide(row, sizes[d]);
 #pragma unroll
       for (int k = 0; k < count; ++k) {
-        offset[k] += int64_t(index.remainder) * strides[first + k][d];
+        offset[k] += int64_t(index.remainder) * strides[d][first + k];
       }
       row = index.quotient;
     }
 #pragma unroll
-    for (int k = 0; k < count; ++k) offset[k] += int64_t(row) * strides[first + k][0];
+    for (int k = 0; k < count; ++k) offset[k] += int64_t(row) * strides[0][first + k];
+  }
+
+  template <class Integer>
+  __device__ __forceinline__ int64_t group_of(Integer row) const {
+    if (groups == 1) return 0;
+    return int64_t(divide(divide(row, inner).quotient, group_count).remainder);
   }
 
   template <class Integer>

@@ -38,16 +38,16 @@ bool with_width(Widths<First, Rest...>, int64_t accesses, F&& f) {
 template <bool kAdds>
 struct ForwardWidthsOf {
   using Type = Widths<
-      Width<8, 1>, Width<8, 2>, Width<16, 2>, Width<32, 2>, Width<32, 4>, Width<64, 4>,
-      Width<64, 6>, Width<128, 4>, Width<128, 6>, Width<256, 4>, Width<256, 6>, Width<512, 4>,
-      Width<512, 8>, Width<1024, 8>, Width<1024, 8, 2>, Width<1024, 8, 4>, Width<1024, 8, 8>>;
+      Width<8, 1>, Width<8, 2>, Width<16, 2>, Width<32, 2>, Width<64, 2>, Width<128, 2>,
+      Width<64, 6>, Width<256, 2>, Width<128, 6>, Width<256, 4>, Width<256, 6>, Width<512, 4>,
+      Width<1024, 4>, Width<1024, 8>, Width<1024, 8, 2>, Width<1024, 8, 4>, Width<1024, 8, 8>>;
 };
 // With the residual add, threads hold two rows at first.
 template <>
 struct ForwardWidthsOf<true> {
   using Type = Widths<
       Width<8, 1>, Width<16, 1>, Width<32, 1>, Width<32, 2>, Width<32, 4>, Width<64, 4>,
-      Width<128, 4>, Width<256, 4>, Width<512, 4>, Width<512, 4, 2>, Width<512, 4, 4>,
+      Width<128, 4>, Width<256, 4>, Width<1024, 2>, Width<512, 4, 2>, Width<512, 4, 4>,
       Width<512, 4, 8>>;
 };
 template <bool kAdds>

@@ -15,6 +15,13 @@ namespace coreai_torch {
 // Dynamic shared memory is the only kind that the kernels use.
 #define COREAI_TORCH_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 
+// Threads that a multiprocessor has room for.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 800 || __CUDA_ARCH__ == 900 || __CUDA_ARCH__ == 1000
+constexpr int kMostThreads = 2048;
+#else
+constexpr int kMostThreads = 1536;
+#endif
+
 // ---- conversions -------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(Float16 value) {
@@ -63,35 +70,81 @@ __device__ __forceinline__ double reciprocal_sqrt(double value) { return rsqrt(v
 
 // ---- memory ------------------------------------------------------------------------------------
 
-// Reads of what this launch reads once: not kept in L1. Unit is an unsigned integer or Word16.
 struct alignas(16) Word16 {
   uint32_t words[4];
 };
 
-__device__ __forceinline__ Word16 load_streaming(const Word16* p) {
-  Word16 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
-               : "l"(p));
-  return v;
-}
-template <class Unit>
-__device__ __forceinline__ Unit load_streaming(const Unit* p) {
-  return __ldg(p);
+// What the L2 cache lets go of, and when: the hardware's code for it.
+struct L2Policy {
+  uint64_t bits;
+};
+// Made anew where it is needed, which takes no time: the compiler would keep it in registers.
+__device__ __forceinline__ L2Policy l2_policy(bool evict_last) {
+  uint64_t last, normal;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return {evict_last ? last : normal};
 }
 
-// Reads of what other rows read too. Like the above it happens where it is written: the compiler
-// would move it out of a loop, into registers that are not there.
-__device__ __forceinline__ Word16 load_cached(const Word16* p) {
+// Reads of rows. Zeros where `wanted` is false, without a branch, so that the reads before and
+// after it are under way together.
+__device__ __forceinline__ Word16 load_row(const Word16* p, bool wanted, L2Policy policy) {
   Word16 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
-               : "l"(p));
+  asm volatile(
+      "{\n"
+      "  .reg .pred wanted;\n"
+      "  setp.ne.u32 wanted, %5, 0;\n"
+      "  mov.u32 %0, 0;\n"
+      "  mov.u32 %1, 0;\n"
+      "  mov.u32 %2, 0;\n"
+      "  mov.u32 %3, 0;\n"
+      "  @wanted ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6;\n"
+      "}"
+      : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+      : "l"(p), "r"(uint32_t(wanted)), "l"(policy.bits));
   return v;
 }
 template <class Unit>
-__device__ __forceinline__ Unit load_cached(const Unit* p) {
-  return __ldg(p);
+__device__ __forceinline__ Unit load_row(const Unit* p, bool wanted, L2Policy) {
+  return wanted ? __ldg(p) : Unit(0);
+}
+// The same into a register of its own. The compiler packs two of the above into one as they arrive,
+// and waits for both.
+__device__ __forceinline__ uint32_t load_row_apart(const uint16_t* p, bool wanted) {
+  uint32_t v;
+  asm volatile(
+      "{\n"
+      "  .reg .pred wanted;\n"
+      "  setp.ne.u32 wanted, %2, 0;\n"
+      "  mov.u32 %0, 0;\n"
+      "  @wanted ld.global.u16 %0, [%1];\n"
+      "}"
+      : "=r"(v)
+      : "l"(p), "r"(uint32_t(wanted)));
+  return v;
+}
+
+// Reads of what other rows read too. It happens where it is written: the compiler would move it out
+// of a loop, into registers that are not there.
+__device__ __forceinline__ Word16 load_cached(const Word16* p, bool wanted) {
+  Word16 v;
+  asm volatile(
+      "{\n"
+      "  .reg .pred wanted;\n"
+      "  setp.ne.u32 wanted, %5, 0;\n"
+      "  mov.u32 %0, 0;\n"
+      "  mov.u32 %1, 0;\n"
+      "  mov.u32 %2, 0;\n"
+      "  mov.u32 %3, 0;\n"
+      "  @wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+      : "l"(p), "r"(uint32_t(wanted)));
+  return v;
+}
+template <class Unit>
+__device__ __forceinline__ Unit load_cached(const Unit* p, bool wanted) {
+  return wanted ? __ldg(p) : Unit(0);
 }
 
 // Reads of what this thread has written in this launch, which those above might not see.
@@ -100,22 +153,24 @@ __device__ __forceinline__ Unit load_stored(const Unit* p) {
   return *p;
 }
 
-__device__ __forceinline__ void store_streaming(Word16* p, const Word16& v) {
-  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]),
+__device__ __forceinline__ void store(Word16* p, const Word16& v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.words[0]),
                "r"(v.words[1]), "r"(v.words[2]), "r"(v.words[3])
                : "memory");
 }
 template <class Unit>
-__device__ __forceinline__ void store_streaming(Unit* p, Unit v) {
+__device__ __forceinline__ void store(Unit* p, Unit v) {
   *p = v;
 }
 
 // ---- copies into shared memory that are under way while the thread goes on ----------------------
 
 // The place belongs to the thread alone until it has waited.
-__device__ __forceinline__ void copy_async(Word16* shared, const Word16* global) {
+__device__ __forceinline__ void copy_async(Word16* shared, const Word16* global, L2Policy policy) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
+               "l"(global), "l"(policy.bits)
+               : "memory");
 }
 // The copies since the last call are a batch, which may be empty.
 __device__ __forceinline__ void copy_async_commit() {
@@ -194,6 +249,7 @@ inline int multiprocessors(int device) {
 inline int shared_memory_of_block(int device) {
   return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
+inline int64_t l2_cache_bytes(int device) { return attribute(cudaDevAttrL2CacheSize, device); }
 inline cudaError_t fill_zero(void* p, size_t bytes, cudaStream_t stream) {
   return cudaMemsetAsync(p, 0, bytes, stream);
 }

@@ -12,6 +12,8 @@ namespace coreai_torch {
 #define COREAI_TORCH_SHARED_MEMORY(name) \
   unsigned char* name = static_cast<unsigned char*>(::simt::shared_memory())
 
+constexpr int kMostThreads = 2048;
+
 // ---- conversions -------------------------------------------------------------------------------
 
 inline float bits_to_float(uint32_t bits) {
@@ -64,13 +66,19 @@ struct alignas(16) Word16 {
   uint32_t words[4];
 };
 
+struct L2Policy {};
+inline L2Policy l2_policy(bool) { return {}; }
+
 template <class Unit>
-SIMT_UNCHECKED __attribute__((noinline)) Unit load_streaming(const Unit* p) {
+SIMT_UNCHECKED __attribute__((noinline)) Unit load_row(const Unit* p, bool wanted, L2Policy) {
+  if (!wanted) return Unit();
   ::simt::on_access(p, sizeof(Unit), false, __builtin_return_address(0));
   return *p;
 }
+inline uint32_t load_row_apart(const uint16_t* p, bool wanted) { return load_row(p, wanted, {}); }
 template <class Unit>
-SIMT_UNCHECKED __attribute__((noinline)) Unit load_cached(const Unit* p) {
+SIMT_UNCHECKED __attribute__((noinline)) Unit load_cached(const Unit* p, bool wanted) {
+  if (!wanted) return Unit();
   ::simt::on_access(p, sizeof(Unit), false, __builtin_return_address(0));
   return *p;
 }
@@ -80,7 +88,7 @@ SIMT_UNCHECKED __attribute__((noinline)) Unit load_stored(const Unit* p) {
   return *p;
 }
 template <class Unit>
-SIMT_UNCHECKED __attribute__((noinline)) void store_streaming(Unit* p, Unit v) {
+SIMT_UNCHECKED __attribute__((noinline)) void store(Unit* p, Unit v) {
   ::simt::on_access(p, sizeof(Unit), true, __builtin_return_address(0));
   *p = v;
 }
@@ -88,7 +96,7 @@ SIMT_UNCHECKED __attribute__((noinline)) void store_streaming(Unit* p, Unit v) {
 // ---- copies into shared memory that are under way while the thread goes on ----------------------
 
 SIMT_UNCHECKED __attribute__((noinline)) inline void copy_async(
-    Word16* shared, const Word16* global) {
+    Word16* shared, const Word16* global, L2Policy) {
   ::simt::copy_async(shared, global, sizeof(Word16), __builtin_return_address(0));
 }
 inline void copy_async_commit() { ::simt::copy_async_commit(); }
@@ -128,6 +136,7 @@ inline int launches = 0;
 
 inline int multiprocessors(int) { return card.multiprocessors; }
 inline int shared_memory_of_block(int) { return card.shared_memory_of_block; }
+inline int64_t l2_cache_bytes(int) { return 1 << 20; }
 inline cudaError_t fill_zero(void* p, size_t bytes, cudaStream_t) {
   memset(p, 0, bytes);
   return cudaSuccess;
