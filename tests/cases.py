@@ -105,15 +105,18 @@ def assert_accurate(
         assert_no_worse(name, a, b, c, input.numel() // max(input.shape[-1], 1))
 
 
-def assert_no_worse(name: str, a: Tensor, b: Tensor, c: Tensor, rows: int) -> None:
-    """That bar for one result: ours, that of the eager reference, the oracle's."""
+def assert_no_worse(
+    name: str, a: Tensor, b: Tensor, c: Tensor, rows: int, unit: Tensor | float = 1.0
+) -> None:
+    """That bar for one result: ours, that of the eager reference, the oracle's. Errors are measured
+    in `unit`, so that a few ill-conditioned rows do not decide for all."""
     assert a.dtype == b.dtype, name
     assert a.shape == b.shape, name
     if c.numel() == 0:
         return
     finite = c.abs() <= torch.finfo(a.dtype).max
     assert torch.equal(a.isnan(), b.isnan()), f"{name}: NaN in other places"
-    error, error_of_reference = ((t.double() - c)[finite].abs() for t in (a, b))
+    error, error_of_reference = (((t.double() - c) / unit)[finite].abs() for t in (a, b))
     samples = finite.sum().item()
     if a.dtype == torch.float32:
         samples = min(samples, rows)

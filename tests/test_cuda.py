@@ -62,16 +62,16 @@ def test_numbers_of_rows(rows: int) -> None:
 @pytest.mark.parametrize("scale_shape", [(64,), (6, 1, 64), (2, 6, 1, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
 def test_heads_of_a_projection(scale_shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """No copy of the input: the only memory taken is that of the output."""
+    """No copy of the input: the only memory asked for is that of the output."""
     qkv = randn(2, 512, 3 * 6 * 64, dtype=dtype)
     x = qkv[..., 6 * 64 : 12 * 64].unflatten(-1, (6, 64)).transpose(1, 2)
     w = randn(*scale_shape)
     assert_as_accurate_as_reference(x, w, randn(2, 512, 6, 64).transpose(1, 2))
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     y = ops.rms_norm(x, w)
-    taken = torch.cuda.max_memory_allocated() - before
-    assert taken <= y.numel() * y.element_size() + 512
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    assert taken == y.numel() * y.element_size()
 
 
 LAYOUTS = {
@@ -159,17 +159,29 @@ def add_with_gradients(function, x: Tensor, r: Tensor, w: Tensor, dy: Tensor, dh
 @pytest.mark.parametrize("pair", PAIRS, ids=names)
 @pytest.mark.parametrize("dim", WIDTHS + ODD_WIDTHS)
 def test_residual_add(pair: tuple[torch.dtype, torch.dtype], dim: int) -> None:
+    """Narrow rows are drawn several times: a single sum of grad_scale has its luck."""
     rows = max(8, min(1000, 2**22 // dim))
-    x, r, dh = (randn(rows, dim, dtype=pair[0]) for _ in range(3))
-    w, dy = randn(dim, dtype=pair[1]), randn(rows, dim)
-    ours, theirs = (add_with_gradients(f, x, r, w, dy, dh) for f in (ops.add_rms_norm, apart))
-    assert torch.equal(ours[1], x + r)
-    dy = dy.to(ours[0].dtype)
-    exact = oracle(x + r, w, dy, 1e-5)
-    assert_no_worse("output", ours[0], theirs[0], exact[0], rows)
-    assert torch.equal(ours[2], ours[3])
-    assert_no_worse("grad_input", ours[2], theirs[2], exact[1] + dh.double(), rows)
-    assert_no_worse("grad_scale", ours[4], theirs[4], exact[2], rows)
+    draws = 16 if dim < 8 else 1
+    results = []
+    for _ in range(draws):
+        x, r, dh = (randn(rows, dim, dtype=pair[0]) for _ in range(3))
+        w, dy = randn(dim, dtype=pair[1]), randn(rows, dim)
+        ours, theirs = (add_with_gradients(f, x, r, w, dy, dh) for f in (ops.add_rms_norm, apart))
+        h = x + r
+        assert torch.equal(ours[1], h)
+        assert torch.equal(ours[2], ours[3])
+        exact = oracle(h, w, dy.to(ours[0].dtype), 1e-5)
+        rstd = (h.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        results += [(ours, theirs, exact, dh.double(), rstd)]
+    samples = draws * rows
+    ours, theirs, exact = (
+        [torch.cat(parts) for parts in zip(*each, strict=True)]
+        for each in list(zip(*results, strict=True))[:3]
+    )
+    dh, rstd = (torch.cat(parts) for parts in list(zip(*results, strict=True))[3:])
+    assert_no_worse("output", ours[0], theirs[0], exact[0], samples)
+    assert_no_worse("grad_input", ours[2], theirs[2], exact[1] + dh, samples, rstd)
+    assert_no_worse("grad_scale", ours[4], theirs[4], exact[2], samples)
 
 
 @pytest.mark.parametrize("residual_layout", LAYOUTS)
