@@ -76,7 +76,7 @@ struct Pack {
       load_row(p, wanted, policy);
     }
   }
-  __device__ __forceinline__ void load_cached(const T* p, bool wanted = true) {
+  __device__ __forceinline__ void load_cached(const T* p, bool wanted) {
     load(p, [=](const Unit* unit) { return coreai_torch::load_cached(unit, wanted); });
   }
   // What was written in this launch, or in the one before it, which those above might not see.
@@ -88,8 +88,9 @@ struct Pack {
       coreai_torch::store(reinterpret_cast<Unit*>(p), Unit(words[0]));
     } else {
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i)
+      for (int i = 0; i < kUnits; ++i) {
         coreai_torch::store(reinterpret_cast<Unit*>(p) + i, units[i]);
+      }
     }
   }
 

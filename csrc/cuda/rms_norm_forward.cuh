@@ -108,8 +108,7 @@ __global__ void __launch_bounds__(W::kBlock, (kForwardBlocks<N, W>))
     constexpr int step = cluster * threads * N;
     const L2Policy policy = l2_policy(args.evict_last);
 
-    // The scale is under way together with the row, where registers allow. It is asked for first:
-    // the compiler would ask for it when the row is there.
+    // The scale is asked for before the threads meet, where registers allow.
     constexpr bool scale_first =
         N > 1 && W::kBlock < 512 && accesses * Pack<Scale, N>::kBytes <= 64;
     Pack<Scale, N> w[accesses];
