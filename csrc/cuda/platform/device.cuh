@@ -86,22 +86,26 @@ __device__ __forceinline__ L2Policy l2_policy(bool evict_last) {
   return {evict_last ? last : normal};
 }
 
-// Reads of rows. Zeros where `wanted` is false, without a branch, so that the reads before and
-// after it are under way together.
+// Loads operands 0 to 3 if operand 5 is not 0, or else zeros. Without a branch, so that the
+// loads before and after it are under way together.
+#define COREAI_TORCH_IF_WANTED(load) \
+  "{\n"                              \
+  "  .reg .pred wanted;\n"           \
+  "  setp.ne.u32 wanted, %5, 0;\n"   \
+  "  mov.u32 %0, 0;\n"               \
+  "  mov.u32 %1, 0;\n"               \
+  "  mov.u32 %2, 0;\n"               \
+  "  mov.u32 %3, 0;\n"               \
+  "  @wanted " load                  \
+  "\n"                               \
+  "}"
+
+// Reads of rows: zeros where they are not wanted.
 __device__ __forceinline__ Word16 load_row(const Word16* p, bool wanted, L2Policy policy) {
   Word16 v;
-  asm volatile(
-      "{\n"
-      "  .reg .pred wanted;\n"
-      "  setp.ne.u32 wanted, %5, 0;\n"
-      "  mov.u32 %0, 0;\n"
-      "  mov.u32 %1, 0;\n"
-      "  mov.u32 %2, 0;\n"
-      "  mov.u32 %3, 0;\n"
-      "  @wanted ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6;\n"
-      "}"
-      : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
-      : "l"(p), "r"(uint32_t(wanted)), "l"(policy.bits));
+  asm volatile(COREAI_TORCH_IF_WANTED("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %6;")
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(p), "r"(uint32_t(wanted)), "l"(policy.bits));
   return v;
 }
 template <class Unit>
@@ -128,18 +132,9 @@ __device__ __forceinline__ uint32_t load_row_apart(const uint16_t* p, bool wante
 // of a loop, into registers that are not there.
 __device__ __forceinline__ Word16 load_cached(const Word16* p, bool wanted) {
   Word16 v;
-  asm volatile(
-      "{\n"
-      "  .reg .pred wanted;\n"
-      "  setp.ne.u32 wanted, %5, 0;\n"
-      "  mov.u32 %0, 0;\n"
-      "  mov.u32 %1, 0;\n"
-      "  mov.u32 %2, 0;\n"
-      "  mov.u32 %3, 0;\n"
-      "  @wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-      "}"
-      : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
-      : "l"(p), "r"(uint32_t(wanted)));
+  asm volatile(COREAI_TORCH_IF_WANTED("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];")
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(p), "r"(uint32_t(wanted)));
   return v;
 }
 template <class Unit>
