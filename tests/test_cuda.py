@@ -162,7 +162,7 @@ def test_residual_add(pair: tuple[torch.dtype, torch.dtype], dim: int) -> None:
     """Narrow rows are drawn several times: a single sum of grad_scale has its luck."""
     rows = max(8, min(1000, 2**22 // dim))
     draws = 16 if dim < 8 else 1
-    results = []
+    results: dict[str, list] = {"output": [], "grad_input": [], "grad_scale": []}
     for _ in range(draws):
         x, r, dh = (randn(rows, dim, dtype=pair[0]) for _ in range(3))
         w, dy = randn(dim, dtype=pair[1]), randn(rows, dim)
@@ -172,16 +172,13 @@ def test_residual_add(pair: tuple[torch.dtype, torch.dtype], dim: int) -> None:
         assert torch.equal(ours[2], ours[3])
         exact = oracle(h, w, dy.to(ours[0].dtype), 1e-5)
         rstd = (h.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
-        results += [(ours, theirs, exact, dh.double(), rstd)]
-    samples = draws * rows
-    ours, theirs, exact = (
-        [torch.cat(parts) for parts in zip(*each, strict=True)]
-        for each in list(zip(*results, strict=True))[:3]
-    )
-    dh, rstd = (torch.cat(parts) for parts in list(zip(*results, strict=True))[3:])
-    assert_no_worse("output", ours[0], theirs[0], exact[0], samples)
-    assert_no_worse("grad_input", ours[2], theirs[2], exact[1] + dh, samples, rstd)
-    assert_no_worse("grad_scale", ours[4], theirs[4], exact[2], samples)
+        ones = torch.ones_like(rstd), torch.ones_like(exact[2])
+        results["output"] += [(ours[0], theirs[0], exact[0], ones[0])]
+        results["grad_input"] += [(ours[2], theirs[2], exact[1] + dh.double(), rstd)]
+        results["grad_scale"] += [(ours[4], theirs[4], exact[2], ones[1])]
+    for name, drawn in results.items():
+        a, b, c, unit = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        assert_no_worse(name, a, b, c, draws * rows, unit)
 
 
 @pytest.mark.parametrize("residual_layout", LAYOUTS)

@@ -613,9 +613,8 @@ __global__ void __launch_bounds__(kColumnsBlock, 2)
     for (int i = 0; i < kColumnsBatch<kAdds>; ++i) {
       const int64_t k = first + i * args.parts;
       if (k >= rows) break;
-      const int64_t row = args.layout.row_of_group(group, k);
       int64_t offset[kAdds ? 4 : 3];
-      args.layout.find_in_group(group, k, offset);
+      const int64_t row = args.layout.find_in_group(group, k, offset);
       access[i].load(
           static_cast<const Input*>(args.input) + offset[1] + column,
           static_cast<const Output<Input, Scale>*>(args.grad_output) + offset[0] + column, policy);

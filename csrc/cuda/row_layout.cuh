@@ -80,27 +80,32 @@ struct RowLayout {
     }
   }
 
-  // Where the k-th of the rows that the scale's row `group` multiplies begins, in operands first,
-  // first + 1, ...
+  // The k-th of the rows that the scale's row `group` multiplies, and where it begins in operands
+  // first, first + 1, ...
   template <int count>
-  __device__ __forceinline__ void find_in_group(
-      int64_t group, int64_t k, int64_t (&offset)[count], int first = 0) const {
+  __device__ __forceinline__ int64_t
+  find_in_group(int64_t group, int64_t k, int64_t (&offset)[count], int first = 0) const {
     if (flat) {
       multiply(uint32_t(k), offset, first);
-    } else if (narrow) {
-      add_up(uint32_t(row_of_group(group, k)), offset, first);
-    } else {
-      add_up(row_of_group(group, k), offset, first);
+      return k;
     }
+    if (narrow) {
+      const int64_t row = row_of_group(group, k);
+      add_up(uint32_t(row), offset, first);
+      return row;
+    }
+    const int64_t row = row_of_group(group, k);
+    add_up(row, offset, first);
+    return row;
   }
 
+ private:
   __device__ __forceinline__ int64_t row_of_group(int64_t group, int64_t k) const {
     if (groups == 1) return k;
     if (narrow) return row_of_group_as(uint32_t(group), uint32_t(k));
     return row_of_group_as(group, k);
   }
 
- private:
   template <class Integer, int count>
   __device__ __forceinline__ void multiply(Integer row, int64_t (&offset)[count], int first) const {
 #pragma unroll
