@@ -29,7 +29,7 @@ void add_rms_norm_forward_cpu(const AddRmsNormForward& args, ParallelFor paralle
   if (is_contiguous(shape, {args.output_strides, args.new_residual_strides})) {
     const int64_t bytes = shape.rows * row_bytes;
     outputs = Outputs(
-        {{args.output, bytes, row_bytes}, {args.new_residual, bytes, row_bytes}},
+        {{args.output, bytes, row_bytes}, {args.new_residual, bytes, row_bytes}}, 4 * bytes,
         is_contiguous(shape, {args.input_strides, args.residual_strides}));
   }
   const int64_t unit = rows_in_unit(shape, args.input_strides);
@@ -41,7 +41,7 @@ void add_rms_norm_backward_cpu(const AddRmsNormBackward& args, ParallelFor paral
   if (shape.rows > 0 && shape.dim > 0) {
     const BackwardPlan plan = backward_plan(shape);
     const Outputs outputs = backward_outputs(
-        args, plan,
+        args, plan, 4,
         is_contiguous(
             shape, {args.grad_output_strides, args.grad_new_residual_strides, args.input_strides}));
     run(kTables.backward(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,

@@ -8,8 +8,8 @@
 namespace coreai_torch {
 namespace {
 
-constexpr int64_t kLargerThanCaches = int64_t(24) << 20;  // bytes of an output
-constexpr int64_t kWorthAsking = int64_t(4) << 20;        // the system about its pages
+constexpr int64_t kLargerThanCaches = int64_t(40) << 20;  // bytes of all operands
+constexpr int64_t kWorthAsking = int64_t(4) << 20;        // bytes of an output
 constexpr int64_t kRequest = int64_t(512) << 10;
 
 #if defined(__linux__)
@@ -23,11 +23,11 @@ uintptr_t page_size() {
   return size;
 }
 
-// Looks at four pages, which takes the system some microseconds. Of smaller outputs it looks at
-// one, near the end, since a heap grows there.
-bool is_resident(const OutputMemory& output) {
+// Looks at four pages, which takes the system some microseconds. Of what is not to be streamed it
+// looks at one, near the end, since a heap grows there.
+bool is_resident(const OutputMemory& output, bool is_to_stream) {
   constexpr int kSamples = 4;
-  const int last = output.bytes >= kLargerThanCaches ? 0 : kSamples - 1;
+  const int last = is_to_stream ? 0 : kSamples - 1;
   for (int i = kSamples - 1; i >= last; --i) {
     const uintptr_t address =
         uintptr_t(output.data) + uintptr_t(output.bytes / kSamples * i + output.bytes / 8);
@@ -48,19 +48,19 @@ void request_pages(uintptr_t begin, uintptr_t end) {
 
 #else
 
-bool is_resident(const OutputMemory&) { return false; }
+bool is_resident(const OutputMemory&, bool) { return false; }
 void request_pages(uintptr_t, uintptr_t) {}
 
 #endif
 
 }  // namespace
 
-Outputs::Outputs(std::initializer_list<OutputMemory> outputs, bool can_stream)
-    : stream_(can_stream) {
+Outputs::Outputs(std::initializer_list<OutputMemory> outputs, int64_t all_bytes, bool can_stream)
+    : stream_(can_stream && all_bytes >= kLargerThanCaches) {
   for (const OutputMemory& output : outputs) {
     outputs_[count_++] = output;
-    stream_ = stream_ && output.bytes >= kLargerThanCaches && uintptr_t(output.data) % kLine == 0;
-    if (output.bytes >= kWorthAsking && !is_resident(output)) {
+    stream_ = stream_ && uintptr_t(output.data) % kLine == 0;
+    if (output.bytes >= kWorthAsking && !is_resident(output, stream_)) {
       stream_ = false;
       if (output.unit_bytes > 0) {
         units_to_request_ = output.unit_bytes < kRequest ? kRequest / output.unit_bytes : 1;

@@ -18,14 +18,15 @@ struct OutputMemory {
 
 class Outputs {
  public:
-  // `can_stream`: can the kernel store past the caches, but for the outputs' size and alignment?
-  Outputs(std::initializer_list<OutputMemory> outputs, bool can_stream);
+  // `all_bytes`: of the kernel's large operands, the outputs among them. `can_stream`: can it store
+  // past the caches, but for the operands' size and the outputs' alignment?
+  Outputs(std::initializer_list<OutputMemory> outputs, int64_t all_bytes, bool can_stream);
   Outputs() = default;  // nothing is known of them
 
   // Streaming stores save reading the lines that are about to be overwritten, a third of the
-  // traffic of a copy, where the output is too large to be found in the cache by whoever reads it
-  // next. On memory that the system has yet to hand out they are the wrong thing, 1.6 times as
-  // slow: its pages come zeroed, in the cache.
+  // traffic of a copy, where the operands are so large that little of the output is found in the
+  // cache by whoever reads it next. On memory that the system has yet to hand out they are the
+  // wrong thing, 1.6 times as slow: its pages come zeroed, in the cache.
   bool stream() const { return stream_; }
 
   // Such memory would be handed out page by page, with an interrupt for each. It is asked for in

@@ -36,12 +36,13 @@ void rms_norm_forward_cpu(const RmsNormForward& args, ParallelFor parallel_for) 
   const RmsNormShape& shape = args.shape;
   if (shape.rows == 0 || shape.dim == 0) return;
   const DType output_dtype = rms_norm_output_dtype(shape.input_dtype, shape.scale_dtype);
+  const int64_t input_row_bytes = shape.dim * kSizes[int(shape.input_dtype)];
   const int64_t row_bytes = shape.dim * kSizes[int(output_dtype)];
   Outputs outputs;
   if (is_contiguous(shape, {args.output_strides})) {
     outputs = Outputs(
         {{args.output, shape.rows * row_bytes, row_bytes}},
-        is_contiguous(shape, {args.input_strides}));
+        shape.rows * (input_row_bytes + row_bytes), is_contiguous(shape, {args.input_strides}));
   }
   const int64_t unit = rows_in_unit(shape, args.input_strides);
   run(kTables.forward(shape), args, outputs, shape.rows / unit, unit * shape.dim, parallel_for);
@@ -58,7 +59,7 @@ void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for
   if (shape.rows > 0 && shape.dim > 0) {
     const BackwardPlan plan = backward_plan(shape);
     const Outputs outputs = backward_outputs(
-        args, plan, is_contiguous(shape, {args.grad_output_strides, args.input_strides}));
+        args, plan, 3, is_contiguous(shape, {args.grad_output_strides, args.input_strides}));
     run(kTables.backward(shape), args, outputs, plan.tasks, plan.chunk_rows * shape.dim,
         parallel_for);
   }

@@ -150,7 +150,7 @@ inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>
 
 // Is the next block of backward asked for, the gradients while one is summed and the rest while it
 // is written, so that memory is at work while conversions are? In 16 bits, where rows have 1 KiB.
-// In float32, where they are streamed and have 4 KiB; prefetchers do as well with shorter ones.
+// In float32, where they have more than 2 KiB; prefetchers do as well with shorter ones.
 // Other rows need that only where they are scattered, and ask for what is there, which costs
 // little, but for short float32 rows: those of known length are not asked for unless they are
 // scattered. Those of grad_new_residual, which are not read while a block is summed, always are in
@@ -159,7 +159,7 @@ template <bool kStream, class Input>
 inline bool is_worth_fetching(int64_t row_bytes) {
   constexpr int kRows = sizeof(Input) == 2 ? kBlockRows : kFewBlockRows;
   if (2 * kRows * row_bytes > kMostAhead<kStream>) return false;
-  return sizeof(Input) == 2 ? row_bytes >= 1024 : kStream && row_bytes >= 4096;
+  return sizeof(Input) == 2 ? row_bytes >= 1024 : row_bytes > 2048;
 }
 
 // Short rows wait for their sums and 1/rms longer than they take to sum, so that two blocks of them

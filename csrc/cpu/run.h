@@ -25,14 +25,16 @@ inline bool is_contiguous(
   return true;
 }
 
-// grad_input of rms_norm and of add_rms_norm.
+// grad_input of rms_norm and of add_rms_norm, one of so many operands of its size.
 inline Outputs backward_outputs(
-    const RmsNormBackward& args, const BackwardPlan& plan, bool operands_are_contiguous) {
+    const RmsNormBackward& args, const BackwardPlan& plan, int operands,
+    bool inputs_are_contiguous) {
   const RmsNormShape& shape = args.shape;
   if (args.grad_input == nullptr || !is_contiguous(shape, {args.grad_input_strides})) return {};
   const int64_t row_bytes = shape.dim * kSizes[int(shape.input_dtype)];
+  const int64_t bytes = shape.rows * row_bytes;
   const int64_t task_bytes = shape.groups == 1 ? plan.chunk_rows * row_bytes : 0;
-  return {{{args.grad_input, shape.rows * row_bytes, task_bytes}}, operands_are_contiguous};
+  return {{{args.grad_input, bytes, task_bytes}}, operands * bytes, inputs_are_contiguous};
 }
 
 // An op's tables of kernels: those of the levels, lowest first, and that of float64.
