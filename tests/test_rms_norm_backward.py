@@ -152,6 +152,27 @@ def test_a_rows_gradient_does_not_depend_on_the_others(dim, dtype):
         assert torch.equal(grad_input, whole[part])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=names)
+def test_transposed_heads_with_one_scale_are_rows_in_the_order_of_memory(dtype):
+    x, g = (torch.randn(2, 33, 4, 40).to(dtype) for _ in range(2))
+    w = torch.randn(40).to(dtype)
+    y, grad_x, grad_w = with_gradients(ops.rms_norm, x, w, g, 1e-5)
+    transposed = with_gradients(ops.rms_norm, x.transpose(1, 2), w, g.transpose(1, 2), 1e-5)
+    assert torch.equal(transposed[0], y.transpose(1, 2))
+    assert torch.equal(transposed[1], grad_x.transpose(1, 2))
+    assert torch.equal(transposed[2], grad_w)
+
+
+def test_grad_scale_of_any_layout_does_not_depend_on_what_else_is_asked_for():
+    op = torch.ops.coreai_torch.fused_rms_norm_backward
+    dense, sliced, w = torch.randn(2, 33, 4, 40), torch.randn(2, 33, 3, 4, 40)[:, :, 1], torch.ones(40)
+    expanded = torch.randn(33, 40).expand(2, 4, 33, 40)
+    for x in (dense.transpose(1, 2), sliced.transpose(1, 2), expanded, dense.mT):
+        g, scale = torch.randn(x.shape), w if x.shape[-1] == 40 else torch.ones(4)
+        alone = op(g, x, scale, 1e-5, [False, True])[1]
+        assert torch.equal(alone, op(g, x, scale, 1e-5, [True, True])[1])
+
+
 def test_saved_for_backward_are_input_and_scale_only():
     saved = []
     x, w = torch.randn(8, 40, requires_grad=True), torch.randn(40, requires_grad=True)

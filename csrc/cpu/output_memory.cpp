@@ -8,7 +8,7 @@
 namespace coreai_torch {
 namespace {
 
-constexpr int64_t kLargerThanCaches = int64_t(40) << 20;  // bytes of all operands
+constexpr int64_t kLargerThanCaches = int64_t(48) << 20;  // bytes of all operands
 constexpr int64_t kWorthAsking = int64_t(4) << 20;        // bytes of an output
 constexpr int64_t kRequest = int64_t(512) << 10;
 

@@ -91,7 +91,7 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm(
   at::Tensor y = written_for(output), h = written_for(new_residual);
   const auto describe = [&] {
     describe_rows(
-        input.sizes(),
+        x,
         {{x.strides(), args.input_strides},
          {r.strides(), args.residual_strides},
          {y.strides(), args.output_strides},
@@ -145,7 +145,7 @@ std::tuple<at::Tensor, at::Tensor> fused_add_rms_norm_backward(
   at::Tensor h = with_adjacent_rows(new_residual), dx = written_for(grad_input);
   const auto describe = [&] {
     describe_rows(
-        new_residual.sizes(),
+        h,
         {{dy.strides(), args.grad_output_strides},
          {dh.strides(), args.grad_new_residual_strides},
          {h.strides(), args.input_strides},

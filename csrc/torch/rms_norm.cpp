@@ -1,5 +1,7 @@
 #include "torch/rms_norm.h"
 
+#include <algorithm>
+
 #include <ATen/EmptyTensor.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Formatting.h>
@@ -243,10 +245,19 @@ bool describe_rms_norm(
 }
 
 void describe_rows(
-    at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape) {
-  int ndim = 0;
+    const at::Tensor& input, std::initializer_list<RowOperand> operands, RmsNormShape* shape) {
+  const at::IntArrayRef sizes = input.sizes(), strides = input.strides();
+  c10::SmallVector<size_t, 8> dims;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) {
-    if (sizes[d] == 1) continue;
+    if (sizes[d] != 1) dims.push_back(d);
+  }
+  const auto is_outer = [&](size_t a, size_t b) { return strides[a] > strides[b]; };
+  if (shape->groups == 1 && !std::is_sorted(dims.begin(), dims.end(), is_outer) &&
+      input.is_non_overlapping_and_dense()) {
+    std::sort(dims.begin(), dims.end(), is_outer);
+  }
+  int ndim = 0;
+  for (const size_t d : dims) {
     bool joins = ndim > 0;  // can this dimension and the one before it be walked as one?
     for (const RowOperand& operand : operands) {
       joins = joins && operand.row_strides[ndim - 1] == operand.strides[d] * sizes[d];
@@ -303,8 +314,7 @@ at::Tensor fused_rms_norm(
   at::Tensor y = written_for(output);
   const auto describe = [&] {
     describe_rows(
-        input.sizes(), {{x.strides(), args.input_strides}, {y.strides(), args.output_strides}},
-        &args.shape);
+        x, {{x.strides(), args.input_strides}, {y.strides(), args.output_strides}}, &args.shape);
   };
   describe();
   if (args.shape.row_ndim > device.max_row_dims) {
@@ -347,7 +357,7 @@ std::tuple<at::Tensor, at::Tensor> fused_rms_norm_backward(
   if (output_mask[0]) dx = written_for(grad_input);
   const auto describe = [&] {
     describe_rows(
-        input.sizes(),
+        x,
         {{dy.strides(), args.grad_output_strides},
          {x.strides(), args.input_strides},
          {output_mask[0] ? dx.strides() : x.strides(), args.grad_input_strides}},

@@ -71,14 +71,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> composite_rms_norm_double_backwar
 bool describe_rms_norm(
     const at::Tensor& input, const at::Tensor& scale, double eps, RmsNormShape* shape);
 
-// Fills the row layout of `shape` and the row strides of each operand, all of the same sizes, with
-// as few row dimensions as the strides allow.
+// Fills the row layout of `shape` and the row strides of each operand, all of the input's sizes,
+// with as few row dimensions as the strides allow. Rows that all share one scale row are counted as
+// the input has them in memory, if it is dense: heads of a transposed view are rows like others
+// then.
 struct RowOperand {
   at::IntArrayRef strides;
   int64_t* row_strides;
 };
 void describe_rows(
-    at::IntArrayRef sizes, std::initializer_list<RowOperand> operands, RmsNormShape* shape);
+    const at::Tensor& input, std::initializer_list<RowOperand> operands, RmsNormShape* shape);
 
 // Are the elements of a row adjacent in memory?
 bool has_adjacent_rows(const at::Tensor& tensor);
