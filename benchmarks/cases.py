@@ -21,6 +21,7 @@ DTYPES = {
 }
 
 PER_HEAD = (2, 8, 512, 64)
+TRANSPOSED = (2, 32, 512, 128)
 ODD = (4096, 4095)
 SHAPES = (
     *((32768, 64), (32768, 128), (32768, 512)),
@@ -33,7 +34,7 @@ ADD_SHAPES = ((64, 4096), (2048, 1024), (4096, 4096))
 
 CUDA_DIMS = (64, 128, 512, 1024, 2048, 4096, 4095, 5120, 8192, 16384, 65536)
 CUDA_ROWS = (1, 64, 2048, 32768)
-CUDA_PER_HEAD = (4, 32, 2048, 128)
+CUDA_HEADS = (4, 32, 2048, 128)
 CUDA_MOST_BYTES = 2 * 2**30  # of one tensor
 
 
@@ -41,9 +42,10 @@ CUDA_MOST_BYTES = 2 * 2**30  # of one tensor
 class Case:
     """An op, a shape and a key of DTYPES.
 
-    `kind` says how the op is called: "plain"; "per-head transposed", a shape (batch, heads,
-    length, dim) that is a transposed view, as attention has it, with a scale per head; or "module",
-    where modules are called instead of functions, which adds the host's time that users see.
+    `kind` says how the op is called: "plain"; "transposed", a shape (batch, heads, length, dim)
+    that is a transposed view, as attention has it, or "per-head transposed", the same with a scale
+    per head; or "module", where modules are called instead of functions, which adds the host's time
+    that users see.
     """
 
     shape: tuple[int, ...]
@@ -112,7 +114,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
         return torch.randn(shape, generator=generator, device=device)
 
     def tensor() -> Tensor:
-        if case.kind != "per-head transposed":
+        if not case.kind.endswith("transposed"):
             return normal(case.shape).to(dtype)
         batch, heads, length, dim = case.shape
         return normal((batch, length, heads, dim)).to(dtype).transpose(1, 2)
@@ -127,12 +129,14 @@ def default_cases(device: str = "cpu") -> list[Case]:
     if device == "cuda":
         shapes = [(rows, dim) for dim in CUDA_DIMS for rows in CUDA_ROWS]
         cases = [Case(s, d) for d in ("float32", "bfloat16", "mixed") for s in shapes]
-        cases += [make_case(CUDA_PER_HEAD, d) for d in ("float32", "bfloat16")]
+        kinds = ("per-head transposed", "transposed")
+        cases += [Case(CUDA_HEADS, d, kind=k) for d in ("float32", "bfloat16") for k in kinds]
         cases += [Case((32768, 4096), d, "add_rms_norm") for d in ("float32", "bfloat16")]
         return [case for case in cases if case.tensor_bytes <= CUDA_MOST_BYTES]
     cases = [make_case(shape, dtype) for dtype in ("float32", "bfloat16") for shape in SHAPES]
     cases += [make_case(shape, "float16") for shape in FLOAT16_SHAPES]
     cases += [Case((4096, 4096), "mixed")]
+    cases += [Case(TRANSPOSED, d, kind="transposed") for d in ("float32", "bfloat16")]
     adds = [Case(s, d, "add_rms_norm") for d in ("float32", "bfloat16") for s in ADD_SHAPES]
     return cases + adds
 

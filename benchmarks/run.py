@@ -86,7 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     add = parser.add_argument
     add("--op", type=names(OPS), help=f"of {','.join(OPS)}; default: all")
-    add("--shapes", type=shapes, help="such as 64x4096,2x8x512x64; four: transposed; 1xN: modules")
+    add("--shapes", type=shapes, help="64x4096, 1x4096 (modules), 2x8x512x64 (per-head transposed)")
     add("--dtypes", type=names(list(DTYPES)), help=f"of {','.join(DTYPES)}")
     add("--providers", type=names([*ROOFS, *PROVIDERS]), help=f"of {','.join(PROVIDERS)}")
     add("--directions", type=names(DIRECTIONS), help=f"of {','.join(DIRECTIONS)}")
