@@ -40,7 +40,8 @@ from coreai_torch.backends import cpu
 
 PART = 200
 backward = torch.ops.coreai_torch.fused_add_rms_norm_backward
-for dtype, rows in ((torch.float32, 1700), (torch.bfloat16, 3400), (torch.float16, 3400)):
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+for dtype, rows in ((F32, 500), (F32, 1700), (BF16, 1000), (BF16, 3400), (F16, 3400)):
     x, r, g, w = (torch.randn(n, 4096).to(dtype) for n in (rows, rows, rows, 1))
     x[::97, 3] = r[::97, 3] = 1e-38  # a denormal number now and then
     for level in cpu.supported_levels():

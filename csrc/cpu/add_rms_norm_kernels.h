@@ -8,9 +8,9 @@ namespace coreai_torch {
 
 // As RmsNormForwardKernel and RmsNormBackwardKernel. What follows backward is the same.
 using AddRmsNormForwardKernel =
-    void (*)(const AddRmsNormForward&, bool stream, int64_t begin, int64_t end);
+    void (*)(const AddRmsNormForward&, Streamed, int64_t begin, int64_t end);
 using AddRmsNormBackwardKernel =
-    void (*)(const AddRmsNormBackward&, bool stream, int64_t begin, int64_t end);
+    void (*)(const AddRmsNormBackward&, Streamed, int64_t begin, int64_t end);
 
 // Indexed by input dtype and scale dtype; null where there is no kernel, or another table has it.
 struct AddRmsNormKernels {

@@ -9,7 +9,8 @@ namespace coreai_torch {
 namespace {
 
 constexpr int64_t kLargerThanCaches = int64_t(48) << 20;  // bytes of all operands
-constexpr int64_t kWorthAsking = int64_t(4) << 20;        // bytes of an output
+constexpr int64_t kFillingCaches = kLargerThanCaches / 2;
+constexpr int64_t kWorthAsking = int64_t(4) << 20;  // bytes of an output
 constexpr int64_t kRequest = int64_t(512) << 10;
 
 #if defined(__linux__)
@@ -55,13 +56,15 @@ void request_pages(uintptr_t, uintptr_t) {}
 
 }  // namespace
 
-Outputs::Outputs(std::initializer_list<OutputMemory> outputs, int64_t all_bytes, bool can_stream)
-    : stream_(can_stream && all_bytes >= kLargerThanCaches) {
+Outputs::Outputs(std::initializer_list<OutputMemory> outputs, int64_t all_bytes, bool can_stream) {
+  if (can_stream && all_bytes >= kFillingCaches) {
+    streamed_ = all_bytes >= kLargerThanCaches ? Streamed::kAll : Streamed::kReadLate;
+  }
   for (const OutputMemory& output : outputs) {
     outputs_[count_++] = output;
-    stream_ = stream_ && uintptr_t(output.data) % kLine == 0;
-    if (output.bytes >= kWorthAsking && !is_resident(output, stream_)) {
-      stream_ = false;
+    if (uintptr_t(output.data) % kLine != 0) streamed_ = Streamed::kNone;
+    if (output.bytes >= kWorthAsking && !is_resident(output, streamed_ != Streamed::kNone)) {
+      streamed_ = Streamed::kNone;
       if (output.unit_bytes > 0) {
         units_to_request_ = output.unit_bytes < kRequest ? kRequest / output.unit_bytes : 1;
       }

@@ -5,6 +5,8 @@
 
 #include <initializer_list>
 
+#include "cpu/streamed.h"
+
 namespace coreai_torch {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
@@ -23,11 +25,12 @@ class Outputs {
   Outputs(std::initializer_list<OutputMemory> outputs, int64_t all_bytes, bool can_stream);
   Outputs() = default;  // nothing is known of them
 
-  // Streaming stores save reading the lines that are about to be overwritten, a third of the
+  // Stores past the caches save reading the lines that are about to be overwritten, a third of the
   // traffic of a copy, where the operands are so large that little of the output is found in the
   // cache by whoever reads it next. On memory that the system has yet to hand out they are the
   // wrong thing, 1.6 times as slow: its pages come zeroed, in the cache.
-  bool stream() const { return stream_; }
+  // What is not read next is not worth room in the cache where operands are half as large.
+  Streamed streamed() const { return streamed_; }
 
   // Such memory would be handed out page by page, with an interrupt for each. It is asked for in
   // pieces that stay in the cache until they are written, by the thread that writes them. This is
@@ -39,7 +42,7 @@ class Outputs {
   static constexpr int kMost = 2;
   OutputMemory outputs_[kMost];
   int count_ = 0;
-  bool stream_ = false;
+  Streamed streamed_ = Streamed::kNone;
   int64_t units_to_request_ = 0;
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/rms_norm_rows.h"
+#include "cpu/streamed.h"
 
 namespace coreai_torch {
 namespace {
@@ -304,7 +305,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
 }
 
 template <class Input, class Scale, class Args>
-void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
+void backward(const Args& args, Streamed streamed, int64_t begin, int64_t end) {
   if constexpr (kSame<Args, RmsNormBackward>) {
     if (args.grad_input == nullptr) {
       backward_tasks<false, true, Stores::kCached, true, 0, Input, Scale>(args, begin, end);
@@ -317,7 +318,7 @@ void backward(const Args& args, bool stream, int64_t begin, int64_t end) {
   }
   if constexpr (kStreams) {
     const bool done =
-        stream &&
+        streamed == Streamed::kAll &&
         with_streams<Input, kStreamsRowsOf<Input, Scale>>(args.shape.dim, [&](auto stores) {
           constexpr Stores kStores = decltype(stores)::value;
           backward_tasks<true, true, kStores, true, 0, Input, Scale>(args, begin, end);
@@ -352,7 +353,7 @@ Pair sum_chunks(Part part, const Real* first, int64_t stride, int64_t count) {
 }
 
 template <class Scale>
-void reduce(const RmsNormBackward& args, bool, int64_t begin, int64_t end) {
+void reduce(const RmsNormBackward& args, Streamed, int64_t begin, int64_t end) {
   const int64_t dim = args.shape.dim;
   const int64_t chunks = backward_plan(args.shape).chunks_per_group;
   const int64_t blocks_per_group = (dim + kReduceColumns - 1) / kReduceColumns;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/rms_norm_rows.h"
+#include "cpu/streamed.h"
 
 namespace coreai_torch {
 namespace {
@@ -68,7 +69,7 @@ inline void prefetch_to_write(const T* p) {
 
 // What is normalized: the input or, after the residual add, the sum. A sum is written when it is
 // taken, for row_sums(), and read again from the cache. Written past the caches it would not be
-// there, so where rows are streamed it is taken a second time, and written then.
+// there, so where it is streamed it is taken a second time, and written then.
 template <class Input>
 struct InputRows {
   const Input* input[kBlockRows];
@@ -303,9 +304,10 @@ inline bool asks_ahead(const Args& args) {
 // groups.
 enum class Order { kAsTheyCome, kInTurns, kAcross };
 
-// kDim: of with_known_dim().
+// kStreamsSum: are the sums of the residual add stored past the caches? kDim: of with_known_dim().
 template <
-    Stores kStores, bool kAskAhead, Order kOrder, int kDim, class Input, class Scale, class Args>
+    Stores kStores, bool kStreamsSum, bool kAskAhead, Order kOrder, int kDim, class Input,
+    class Scale, class Args>
 void forward_range(const Args& args, int64_t begin, int64_t end) {
   constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
   constexpr bool kStream = kStores != Stores::kCached;
@@ -336,7 +338,7 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     bool normal;  // is it known that nothing denormal is rounded?
     const Scale* scale;
     float smallest_scale;
-    typename Conditional<kAdds, SummedRows<kStream, Input>, InputRows<Input>>::type rows;
+    typename Conditional<kAdds, SummedRows<kStreamsSum, Input>, InputRows<Input>>::type rows;
     Output* output[kBlockRows];
     int64_t output_step;
     Quad rstd;
@@ -607,7 +609,7 @@ void forward_streamed(const Args& args, int64_t begin, int64_t end) {
       return forward_in_one_loop<kStores, Input, Scale>(args, begin, end);
     }
   }
-  forward_range<kStores, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
+  forward_range<kStores, true, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
 }
 
 template <bool kAskAhead, class Input, class Scale, class Args>
@@ -616,34 +618,49 @@ void forward_in_order(const Args& args, int64_t begin, int64_t end) {
   with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
     constexpr int kDim = decltype(known_dim)::value;
     if (!in_turns) {
-      forward_range<Stores::kCached, kAskAhead, Order::kAsTheyCome, kDim, Input, Scale>(
+      forward_range<Stores::kCached, false, kAskAhead, Order::kAsTheyCome, kDim, Input, Scale>(
           args, begin, end);
       return;
     }
     if constexpr (!kSideBySide<false, Input>) {
       if (args.shape.groups % kBlockRows == 0) {
-        forward_range<Stores::kCached, kAskAhead, Order::kAcross, kDim, Input, Scale>(
+        forward_range<Stores::kCached, false, kAskAhead, Order::kAcross, kDim, Input, Scale>(
             args, begin, end);
         return;
       }
     }
-    forward_range<Stores::kCached, kAskAhead, Order::kInTurns, kDim, Input, Scale>(
+    forward_range<Stores::kCached, false, kAskAhead, Order::kInTurns, kDim, Input, Scale>(
         args, begin, end);
   });
 }
 
 template <class Input, class Scale, class Args>
-void forward(const Args& args, bool stream, int64_t begin, int64_t end) {
+void forward(const Args& args, Streamed streamed, int64_t begin, int64_t end) {
   if constexpr (kStreams) {
     using Output = typename DTypeRule<Input, Scale>::Output;
-    constexpr bool kAnyRow = kSame<Args, RmsNormForward> && kStreamsRowsOf<Input, Scale>;
-    const bool done = stream && with_streams<Output, kAnyRow>(args.shape.dim, [&](auto stores) {
-                        forward_streamed<decltype(stores)::value, Input, Scale>(args, begin, end);
-                        stream_end((const Output*)args.output);
-                      });
+    constexpr bool kAdds = kSame<Args, AddRmsNormForward>;
+    constexpr bool kAnyRow = !kAdds && kStreamsRowsOf<Input, Scale>;
+    const int64_t dim = args.shape.dim;
+    bool done = false;
+    if (streamed == Streamed::kAll) {
+      done = with_streams<Output, kAnyRow>(dim, [&](auto stores) {
+        forward_streamed<decltype(stores)::value, Input, Scale>(args, begin, end);
+        stream_end((const Output*)args.output);
+      });
+    } else if constexpr (kAdds && sizeof(Input) > 2) {
+      // The norm is read next, the sum only by the next addition. What the second addition takes is
+      // more than is gained in 16 bits, and of short rows with AVX2.
+      if (streamed == Streamed::kReadLate && (kStreamsOneByOne || dim >= 1024)) {
+        done = with_streams<Input, false>(dim, [&](auto) {
+          forward_range<Stores::kCached, true, true, Order::kAsTheyCome, 0, Input, Scale>(
+              args, begin, end);
+          stream_end((const Input*)args.new_residual);
+        });
+      }
+    }
     if (done) return;
-    constexpr int64_t kReads = kSame<Args, AddRmsNormForward> ? 2 : 1;
-    const int64_t bytes = kReads * args.shape.rows * args.shape.dim * int64_t(sizeof(Input));
+    const int64_t reads = kAdds ? 2 : 1;
+    const int64_t bytes = reads * args.shape.rows * dim * int64_t(sizeof(Input));
     if (bytes >= kBeyondCaches && asks_ahead<false, false, Input>(args)) {
       return forward_in_order<true, Input, Scale>(args, begin, end);
     }

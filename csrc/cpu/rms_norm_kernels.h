@@ -2,21 +2,20 @@
 #pragma once
 
 #include "coreai_torch/rms_norm.h"
+#include "cpu/streamed.h"
 
 namespace coreai_torch {
 
 // Rows [begin, end) of the output or, where groups take turns, rows [begin, end) of every group,
-// see rms_norm_plan.h. `stream`: store past the caches and fetch rows ahead where that is worth it,
-// for operands that are larger than the caches and contiguous.
-using RmsNormForwardKernel =
-    void (*)(const RmsNormForward&, bool stream, int64_t begin, int64_t end);
+// see rms_norm_plan.h. What is to be streamed is stored past the caches, and rows are asked for
+// ahead, where that is worth it; all operands are contiguous then.
+using RmsNormForwardKernel = void (*)(const RmsNormForward&, Streamed, int64_t begin, int64_t end);
 // Tasks [begin, end) of backward_plan(): their rows of grad_input, and their sums of grad_scale in
 // their rows of the workspace.
 using RmsNormBackwardKernel =
-    void (*)(const RmsNormBackward&, bool stream, int64_t begin, int64_t end);
+    void (*)(const RmsNormBackward&, Streamed, int64_t begin, int64_t end);
 // Column blocks [begin, end) of grad_scale, from the workspace.
-using RmsNormReduceKernel =
-    void (*)(const RmsNormBackward&, bool stream, int64_t begin, int64_t end);
+using RmsNormReduceKernel = void (*)(const RmsNormBackward&, Streamed, int64_t begin, int64_t end);
 
 constexpr int kDTypes = 4;               // values of DType
 constexpr int64_t kReduceColumns = 512;  // columns in a column block

@@ -93,13 +93,13 @@ void run(
         const auto& [kernel, args, outputs] = *static_cast<const Context*>(opaque);
         const int64_t requested = outputs->units_to_request();
         if (requested == 0) {
-          kernel(*args, outputs->stream(), begin, end);
+          kernel(*args, outputs->streamed(), begin, end);
           return;
         }
         for (int64_t unit = begin; unit < end; unit += requested) {
           const int64_t next = end - unit < requested ? end : unit + requested;
           outputs->request(unit, next);
-          kernel(*args, false, unit, next);
+          kernel(*args, Streamed::kNone, unit, next);
         }
       },
       &context);
