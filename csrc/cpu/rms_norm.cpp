@@ -51,7 +51,7 @@ void rms_norm_forward_cpu(const RmsNormForward& args, ParallelFor parallel_for) 
 int64_t rms_norm_backward_workspace_cpu(const RmsNormShape& shape) {
   if (shape.rows == 0 || shape.dim == 0) return 0;
   const int64_t element = shape.input_dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  return backward_plan(shape).tasks * shape.dim * element;
+  return backward_plan(shape).tasks * workspace_stride(shape.dim) * element;
 }
 
 void rms_norm_backward_cpu(const RmsNormBackward& args, ParallelFor parallel_for) {

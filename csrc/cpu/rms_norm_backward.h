@@ -1,5 +1,5 @@
 // Backward of RMSNorm, and of the residual add and RMSNorm. `backward` is the kernel, after which
-// `reduce` sums grad_scale over the chunks of rows that tasks have left in the workspace.
+// `reduce` adds up the sums for grad_scale that it has left in the workspace.
 #pragma once
 
 #include "cpu/rms_norm_rows.h"
@@ -175,6 +175,25 @@ constexpr bool kMayTakeTwo = !kStream && (sizeof(Input) == 2 || kDim != 0);
 template <class Input>
 constexpr int64_t kMostBytesOfTwo = sizeof(Input) == 2 ? kBeyondCaches : kBeyondCaches / 2;
 
+// Adds the sum of a group's `chunk` to those of the chunks [from, chunk) before it, as far as the
+// tree of all sums has them together, see BackwardPlan.
+inline void add_to_tree(Real* sums, int64_t dim, int64_t from, int64_t chunk) {
+  const int64_t stride = workspace_stride(dim);
+  int64_t count = 1;  // of chunks, in the sum that is complete with this one
+  while ((chunk & count) != 0 && chunk + 1 - 2 * count >= from) count *= 2;
+  const int64_t first = chunk + 1 - count;
+  if (count > 1) {
+    for_each_pair(0, dim, [&](auto part, int64_t i) {
+      Pair sum = part.load_from(sums + chunk * stride + i);
+      for (int64_t half = 1; half < count; half *= 2) {
+        sum = part.load_from(sums + (chunk + 1 - 2 * half) * stride + i) + sum;
+      }
+      part.store_to(sums + first * stride + i, sum);
+    });
+  }
+  sums[first * stride + dim] = Real(count);
+}
+
 inline bool are_scattered(const RmsNormShape& shape, const int64_t* input_strides) {
   return shape.row_ndim > 0 && input_strides[shape.row_ndim - 1] != shape.dim;
 }
@@ -191,6 +210,8 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const int64_t dim = kDim != 0 ? kDim : shape.dim;
   const BackwardPlan plan = backward_plan(shape);
   auto cursor = cursor_of(args);
+  Real* const sums = (Real*)args.workspace;
+  const int64_t sums_stride = workspace_stride(dim);
   const RowLength length(dim);
   const int64_t row_bytes = dim * int64_t(sizeof(Input));
   const bool fetches = is_worth_fetching<kStream, Input>(row_bytes);
@@ -202,6 +223,23 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
                          (turns_dim >= 0 || !are_scattered(shape, args.input_strides));
   const int rows_ahead = (takes_two && turns_dim < 0 ? 2 : 1) * plan.block_rows;
   Block block[kTwo ? 2 : 1];
+  // The sums of a chunk of groups [first, last) join the tree when those of the next one are there:
+  // what has just been stored with a mask cannot be loaded until it has left for memory.
+  struct {
+    int64_t chunk, first, last;
+  } unfinished = {0, 0, 0};
+  const auto finish_sums = [&] {
+    if constexpr (kGradScale) {
+      const int64_t chunks = plan.chunks_per_group;
+      for (int64_t group = unfinished.first; group < unfinished.last; ++group) {
+        // The first chunk of the group that is among the tasks, if it is not negative.
+        const int64_t from = turns_dim < 0 ? begin - group * chunks
+                                           : (begin - group + shape.groups - 1) / shape.groups;
+        add_to_tree(
+            sums + group * chunks * sums_stride, dim, from > 0 ? from : 0, unfinished.chunk);
+      }
+    }
+  };
   for (int64_t task = begin; task < end;) {
     // The same chunk of groups [first, last).
     int64_t chunk, first, last;
@@ -227,7 +265,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
       block.is_first = done == 0;
       block.scale = (const Scale*)args.scale + first * dim;
       if constexpr (kGradScale) {
-        block.grad_scale = (Real*)args.workspace + (first * plan.chunks_per_group + chunk) * dim;
+        block.grad_scale = sums + (first * plan.chunks_per_group + chunk) * sums_stride;
       }
       for (int r = 0; r < block.rows; ++r, ++done) {
         if (run_left > 0) {
@@ -265,7 +303,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
         block.is_first = before.is_first;
         block.scale = before.scale + dim;
         if constexpr (kGradScale) {
-          block.grad_scale = before.grad_scale + plan.chunks_per_group * dim;
+          block.grad_scale = before.grad_scale + plan.chunks_per_group * sums_stride;
         }
         for (int r = 0; r < before.rows; ++r) {
           block.grad_output[r] = before.grad_output[r] + cursor.stride(0, turns_dim);
@@ -301,7 +339,10 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
         }
       }
     }
+    finish_sums();
+    unfinished = {chunk, first, last};
   }
+  finish_sums();
 }
 
 template <class Input, class Scale, class Args>
@@ -338,33 +379,35 @@ void backward(const Args& args, Streamed streamed, int64_t begin, int64_t end) {
   });
 }
 
-// The sum of `count` rows of the workspace, pairwise.
+// The Pair of columns from i on of the sum of a group's chunks [first, first + count), or as many
+// of them as are before `end`. count is a power of two.
 template <class Part>
-Pair sum_chunks(Part part, const Real* first, int64_t stride, int64_t count) {
-  constexpr int64_t kInOrder = 8;
-  if (count > kInOrder) {
-    const int64_t half = (count / 2 + kInOrder - 1) / kInOrder * kInOrder;
-    return sum_chunks(part, first, stride, half) +
-           sum_chunks(part, first + half * stride, stride, count - half);
-  }
-  Pair sum = part.load_from(first);
-  for (int64_t k = 1; k < count; ++k) sum = sum + part.load_from(first + k * stride);
-  return sum;
+Pair sum_of_tree(
+    Part part, const Real* sums, int64_t dim, int64_t i, int64_t first, int64_t count,
+    int64_t end) {
+  const Real* const sum = sums + first * workspace_stride(dim);
+  if (sum[dim] == Real(count)) return part.load_from(sum + i);
+  const int64_t half = count / 2;
+  const Pair left = sum_of_tree(part, sums, dim, i, first, half, end);
+  if (first + half >= end) return left;
+  return left + sum_of_tree(part, sums, dim, i, first + half, half, end);
 }
 
 template <class Scale>
 void reduce(const RmsNormBackward& args, Streamed, int64_t begin, int64_t end) {
   const int64_t dim = args.shape.dim;
   const int64_t chunks = backward_plan(args.shape).chunks_per_group;
+  int64_t root = 1;  // chunks of the whole tree
+  while (root < chunks) root *= 2;
   const int64_t blocks_per_group = (dim + kReduceColumns - 1) / kReduceColumns;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t group = block / blocks_per_group;
     const int64_t first = block % blocks_per_group * kReduceColumns;
     const int64_t last = first + kReduceColumns < dim ? first + kReduceColumns : dim;
-    const Real* partial = (const Real*)args.workspace + group * chunks * dim;
+    const Real* sums = (const Real*)args.workspace + group * chunks * workspace_stride(dim);
     Scale* grad_scale = (Scale*)args.grad_scale + group * dim;
     for_each_pair(first, last, [&](auto part, int64_t i) {
-      part.store_to(grad_scale + i, sum_chunks(part, partial + i, dim, chunks));
+      part.store_to(grad_scale + i, sum_of_tree(part, sums, dim, i, 0, root, chunks));
     });
   }
 }

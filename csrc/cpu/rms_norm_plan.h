@@ -25,7 +25,10 @@ inline int64_t rows_in_unit(const RmsNormShape& shape, const int64_t* input_stri
 // Division into chunks and tasks follows from the shape alone, never from the number of threads, so
 // that grad_scale has the same bits however the work is spread, and whoever's turn it is.
 // grad_scale is summed over a block of rows in registers, over the blocks of a chunk in the chunk's
-// row of the workspace, and over the chunks of a scale row pairwise.
+// row of the workspace, and over the chunks of a scale row as a binary tree: chunks 0 and 1, 2 and
+// 3, then 0 to 3, and so on. Whoever has both halves of such a sum adds them up, in the row of the
+// first chunk, while they are in the thread's own cache; what is left in the end, `reduce` does.
+// After its numbers a row of the workspace has the number of chunks that it is the sum of.
 struct BackwardPlan {
   int64_t rows_per_group;  // rows that share a scale row
   int block_rows;          // taken at once
@@ -45,14 +48,17 @@ constexpr int64_t kGoodChunkElements = 262144;  // some 50 us, all that smaller 
 constexpr int64_t kGoodChunks = 16;             // enough for the threads of most machines
 constexpr int64_t kManyChunks = 64;             // enough for those of nearly all
 
+// Elements from a row of the workspace to the next one. Threads share no cache lines.
+inline int64_t workspace_stride(int64_t dim) { return (dim / 16 + 1) * 16; }
+
 inline BackwardPlan backward_plan(const RmsNormShape& shape) {
   BackwardPlan plan;
   plan.rows_per_group = shape.rows / shape.groups;
   const bool is_16_bit =
       shape.input_dtype == DType::kFloat16 || shape.input_dtype == DType::kBFloat16;
   plan.block_rows = !is_16_bit && shape.dim >= kFewFromElements ? kFewBlockRows : kBlockRows;
-  // A row of the workspace is written and read for every chunk, mostly by different threads, so
-  // chunks have many rows where that leaves enough of them.
+  // A row of the workspace is written for every chunk and added to another one, so chunks have many
+  // rows where that leaves enough of them.
   int64_t rows = kGoodChunkElements / shape.dim;
   if (rows > plan.rows_per_group / kGoodChunks) rows = plan.rows_per_group / kGoodChunks;
   if (rows < plan.rows_per_group / kManyChunks) rows = plan.rows_per_group / kManyChunks;
