@@ -98,10 +98,12 @@ class Inputs(NamedTuple):
         return Inputs(tuple(t.detach() for t in self.tensors), self.scale.detach(), self.grads)
 
 
-def make_case(shape: tuple[int, ...], dtype: str, op: str = "rms_norm") -> Case:
+def make_case(
+    shape: tuple[int, ...], dtype: str, op: str = "rms_norm", one_scale: bool = False
+) -> Case:
     """The case that a shape stands for on the command line."""
     if len(shape) == 4:
-        return Case(shape, dtype, op, "per-head transposed")
+        return Case(shape, dtype, op, "transposed" if one_scale else "per-head transposed")
     return Case(shape, dtype, op, "module" if shape[0] == 1 and op == "rms_norm" else "plain")
 
 

@@ -87,6 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--op", type=names(OPS), help=f"of {','.join(OPS)}; default: all")
     add("--shapes", type=shapes, help="64x4096, 1x4096 (modules), 2x8x512x64 (per-head transposed)")
+    add("--one-scale", action="store_true", help="shapes of four numbers: one scale for all heads")
     add("--dtypes", type=names(list(DTYPES)), help=f"of {','.join(DTYPES)}")
     add("--providers", type=names([*ROOFS, *PROVIDERS]), help=f"of {','.join(PROVIDERS)}")
     add("--directions", type=names(DIRECTIONS), help=f"of {','.join(DIRECTIONS)}")
@@ -129,7 +130,12 @@ def cases_of(options: argparse.Namespace) -> list[Any]:
     if options.shapes:
         dtypes = options.dtypes or ["float32", "bfloat16", "float16"]
         ops = options.op or ["rms_norm"]
-        return [make_case(shape, d, op) for op in ops for d in dtypes for shape in options.shapes]
+        return [
+            make_case(shape, dtype, op, options.one_scale)
+            for op in ops
+            for dtype in dtypes
+            for shape in options.shapes
+        ]
     cases = quick_cases(options.device) if options.quick else default_cases(options.device)
     return [
         case

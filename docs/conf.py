@@ -42,6 +42,7 @@ PAGES = {
     "CHANGELOG.md": "changelog",
     "CONTRIBUTING.md": "contributing",
     "benchmarks/README.md": "performance",
+    "benchmarks/TRIALS.md": "trials",
     "benchmarks/results/RESULTS.md": "performance",
     "benchmarks/results/cuda.md": "performance_cuda",
     "build_backend/README.md": "design",

@@ -194,6 +194,11 @@ def test_apple():
         assert record["times"]["forward+backward"]["apple"]["median_us"] > 0
 
 
+def test_scales_of_a_shape_with_heads():
+    assert cases.make_case((2, 3, 8, 64), "float32").scale_shape == (3, 1, 64)
+    assert cases.make_case((2, 3, 8, 64), "float32", one_scale=True).scale_shape == (64,)
+
+
 def wrong(name: str, change):
     """The provider with outputs changed."""
     right = providers.PROVIDERS[name]
