@@ -84,13 +84,35 @@ for dtype, elements in ELEMENTS.items():
                     assert torch.equal(ops.rms_norm(x, w), torch.stack(heads)), (level, dtype, dim)
 """
 
+# Attention heads in float32 that fill the last cache, contiguous and transposed.
+HEADS_PROGRAM = """
+import torch
+from coreai_torch import ops
+from coreai_torch.backends import cpu
+
+for dim in (64, 128):
+    x, w = torch.randn(4, (4 << 20) // 4 // 8 // dim, 8, dim), torch.randn(dim)
+    for level in cpu.supported_levels():
+        with cpu.level(level):
+            y = torch.cat([ops.rms_norm(part, w) for part in x.flatten(0, 1).split(100)])
+            for _ in range(2):
+                assert torch.equal(ops.rms_norm(x, w), y.view(x.shape)), (level, dim)
+                heads = ops.rms_norm(x.transpose(1, 2), w).transpose(1, 2)
+                assert torch.equal(heads, y.view(x.shape)), (level, dim)
+"""
+
 MEMORY = {
     "kept": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
     "fresh": "glibc.malloc.mmap_threshold=65536",  # given back to the system at once
 }
 
 
-PROGRAMS = {"rms_norm": PROGRAM, "add_rms_norm": ADD_PROGRAM, "lengths": LENGTHS_PROGRAM}
+PROGRAMS = {
+    "rms_norm": PROGRAM,
+    "add_rms_norm": ADD_PROGRAM,
+    "lengths": LENGTHS_PROGRAM,
+    "heads": HEADS_PROGRAM,
+}
 
 
 @pytest.mark.parametrize("tunables", MEMORY.values(), ids=MEMORY)
