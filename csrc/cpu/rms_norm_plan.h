@@ -6,6 +6,11 @@
 namespace coreai_torch {
 namespace {
 
+// Are the rows of an operand one behind the other?
+inline bool has_adjacent_rows(const RmsNormShape& shape, const int64_t* strides) {
+  return shape.row_ndim == 1 && strides[0] == shape.dim;
+}
+
 // Do groups take turns, block by block? So they do where the rows of the next group are nearer than
 // the next row of a group: heads of attention, say, where (batch, heads, length, dim) is a
 // transposed view. Otherwise all rows of a group come before those of the next. Gives the row
@@ -48,7 +53,8 @@ constexpr int64_t kGoodChunkElements = 262144;  // some 50 us, all that smaller 
 constexpr int64_t kGoodChunks = 16;             // enough for the threads of most machines
 constexpr int64_t kManyChunks = 64;             // enough for those of nearly all
 
-// Elements from a row of the workspace to the next one. Threads share no cache lines.
+// Elements from a row of the workspace to the next one: there is room for the number of chunks, and
+// threads share no cache lines.
 inline int64_t workspace_stride(int64_t dim) { return (dim / 16 + 1) * 16; }
 
 inline BackwardPlan backward_plan(const RmsNormShape& shape) {

@@ -18,9 +18,8 @@ constexpr int64_t kGrainElements = 32768;  // at::internal::GRAIN_SIZE: worth wa
 // Are the rows of every operand one behind the other, so that the next row's place is known?
 inline bool is_contiguous(
     const RmsNormShape& shape, std::initializer_list<const int64_t*> strides) {
-  if (shape.row_ndim != 1) return false;
-  for (const int64_t* stride : strides) {
-    if (stride[0] != shape.dim) return false;
+  for (const int64_t* of_operand : strides) {
+    if (!has_adjacent_rows(shape, of_operand)) return false;
   }
   return true;
 }
