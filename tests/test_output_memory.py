@@ -101,6 +101,37 @@ for dim in (64, 128):
                 assert torch.equal(heads, y.view(x.shape)), (level, dim)
 """
 
+# Forward and backward of operands that have left the second cache, but are not streamed.
+BETWEEN_PROGRAM = """
+import torch
+from coreai_torch import ops
+from coreai_torch.backends import cpu
+
+def differentiated(x, w, g):
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = ops.rms_norm(x, w)
+    return y.detach(), *torch.autograd.grad(y, (x, w), g)
+
+BYTES = {torch.float32: 9 << 20, torch.bfloat16: 5 << 20, torch.float16: 5 << 20}
+for dtype, size in BYTES.items():
+    for dim in (128, 136, 200, 256, 511, 1024, 5000):
+        rows = size // dtype.itemsize // dim + 1
+        x, g = torch.randn(rows, dim).to(dtype), torch.randn(rows, dim).to(dtype)
+        w = torch.randn(dim).to(dtype)
+        wide = x.double()
+        exact = (g * wide * (wide.square().mean(1, keepdim=True) + 1e-5).rsqrt()).sum(0)
+        dw_of_level = set()
+        for level in cpu.supported_levels():
+            with cpu.level(level):
+                y, dx, dw = differentiated(x, w, g)
+                parts = [differentiated(a, w, b) for a, b in zip(x.split(1001), g.split(1001))]
+                assert torch.equal(y, torch.cat([part[0] for part in parts])), (level, dtype, dim)
+                assert torch.equal(dx, torch.cat([part[1] for part in parts])), (level, dtype, dim)
+                dw_of_level.add(dw.view(torch.uint8).numpy().tobytes())
+        assert len(dw_of_level) == 1, (dtype, dim)
+        torch.testing.assert_close(dw.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
+"""
+
 MEMORY = {
     "kept": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
     "fresh": "glibc.malloc.mmap_threshold=65536",  # given back to the system at once
@@ -112,6 +143,7 @@ PROGRAMS = {
     "add_rms_norm": ADD_PROGRAM,
     "lengths": LENGTHS_PROGRAM,
     "heads": HEADS_PROGRAM,
+    "between": BETWEEN_PROGRAM,
 }
 
 

@@ -30,10 +30,14 @@ struct BackwardBlock {
   Input* grad_input[kBlockRows];
   const Input* grad_new_residual[kBlockRows];  // of the residual add
   // From a row to the one that is asked for, as many rows on as are taken at once.
-  int64_t grad_output_ahead, input_ahead, grad_new_residual_ahead;
+  int64_t grad_output_ahead, input_ahead, grad_input_ahead, grad_new_residual_ahead;
   Quad rstd;
   Quad mean_dot;  // mean(grad_output * scale * normalized)
 };
+
+// The rows of a block, but for the last one of a chunk.
+template <class Input>
+constexpr int kFullBlockRows = sizeof(Input) == 2 ? kBlockRows : kFewBlockRows;
 
 // Rows of so few steps are summed two by two, since they share what they read of the scale. Longer
 // ones are summed one by one, which prefetchers follow.
@@ -98,7 +102,7 @@ COREAI_TORCH_INLINE void backward_statistics(
 // kAdds, grad_new_residual is added to grad_input.
 template <
     int kRows, bool kAdds, bool kGradInput, bool kGradScale, Stores kStores, bool kAskAhead,
-    class Input, class Scale, class Output>
+    bool kAskForPlace, class Input, class Scale, class Output>
 inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>& block) {
   const Scale* const scale = block.scale;
   Real* const grad_scale = block.grad_scale;
@@ -131,6 +135,9 @@ inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>
         sum = r == 0 ? term : sum + term;
       }
       if constexpr (kAskAhead) prefetch<kSecondCache>(input[r] + block.input_ahead + i);
+      if constexpr (kAskForPlace) {
+        prefetch_to_write(block.grad_input[r] + block.grad_input_ahead + i);
+      }
       if constexpr (kAdds) {
         prefetch<kSecondCache>(block.grad_new_residual[r] + block.grad_new_residual_ahead + i);
       }
@@ -149,18 +156,58 @@ inline void backward_rows(int64_t dim, const BackwardBlock<Input, Scale, Output>
   });
 }
 
-// Is the next block of backward asked for, the gradients while one is summed and the rest while it
-// is written, so that memory is at work while conversions are? In 16 bits, where rows have 1 KiB.
-// In float32, where they have more than 2 KiB; prefetchers do as well with shorter ones.
-// Other rows need that only where they are scattered, and ask for what is there, which costs
-// little, but for short float32 rows: those of known length are not asked for unless they are
-// scattered. Those of grad_new_residual, which are not read while a block is summed, always are in
-// float32.
-template <bool kStream, class Input>
-inline bool is_worth_fetching(int64_t row_bytes) {
-  constexpr int kRows = sizeof(Input) == 2 ? kBlockRows : kFewBlockRows;
-  if (2 * kRows * row_bytes > kMostAhead<kStream>) return false;
-  return sizeof(Input) == 2 ? row_bytes >= 1024 : row_bytes > 2048;
+// The same for a whole block of float32 rows of known length that follow each other. These go one
+// after the other, which prefetchers foresee, with sums of grad_scale that are short enough to stay
+// in the first cache.
+template <int kDim, class Input, class Scale, class Output>
+inline void backward_short_rows(const BackwardBlock<Input, Scale, Output>& block) {
+  static_assert(kDim % Pair::kLanes == 0, "no part of a Pair is left");
+  Real sums[kDim];
+  unrolled<kBlockRows>([&](auto row) COREAI_TORCH_INLINE_LAMBDA {
+    constexpr int r = decltype(row)::value;
+    const Input* const input = block.input[r];
+    const Output* const grad_output = block.grad_output[r];
+    Input* const grad_input = block.grad_input[r];
+    const Pair rstd = splat(block.rstd[r]), mean_dot = splat(block.mean_dot[r]);
+    for (int i = 0; i < kDim; i += Pair::kLanes) {
+      const Pair normalized = load(input + i) * rstd;
+      const Pair grad = load(grad_output + i);
+      Pair sum = grad * normalized;
+      if constexpr (r > 0) sum = load(sums + i) + sum;
+      if constexpr (r + 1 < kBlockRows) {
+        store(sums + i, sum);
+      } else {
+        if (!block.is_first) sum = load(block.grad_scale + i) + sum;
+        store(block.grad_scale + i, sum);
+      }
+      store(grad_input + i, (grad * load(block.scale + i) - normalized * mean_dot) * rstd);
+    }
+  });
+}
+
+// What of the next block is asked for: the gradients while one is summed and the rest while it is
+// written, so that memory is at work while conversions are.
+struct AskedFor {
+  bool rows;   // of the gradients and the input
+  bool place;  // of the input's gradients
+};
+
+// Rows are asked for in 16 bits where they have 1 KiB, in float32 where they have more than 2 KiB,
+// or 2 KiB and are streamed; prefetchers do as well with shorter ones, as long as these do not wait
+// for their place, too. Other rows need that only where they are scattered, and ask for what is
+// there, which costs little, but for short float32 rows: those of known length are not asked for
+// unless they are scattered. Those of grad_new_residual, which are not read while a block is
+// summed, always are in float32.
+template <bool kStream, bool kMayAskForPlace, class Input>
+inline AskedFor asked_for(const RmsNormShape& shape) {
+  constexpr bool kNarrow = sizeof(Input) == 2;
+  constexpr int64_t kLongRow = kNarrow ? 129 : 256;  // elements
+  constexpr int64_t kLongerRow = kNarrow || kStream ? 512 : 513;
+  const int64_t row_bytes = shape.dim * int64_t(sizeof(Input));
+  if (2 * kFullBlockRows<Input> * row_bytes > kMostAhead<kStream>) return {false, false};
+  const bool place =
+      kMayAskForPlace && shape.dim >= kLongRow && shape.rows * row_bytes >= kColdPlace<Input>;
+  return {place || shape.dim >= kLongerRow, place};
 }
 
 // Short rows wait for their sums and 1/rms longer than they take to sum, so that two blocks of them
@@ -214,14 +261,18 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
   const int64_t sums_stride = workspace_stride(dim);
   const RowLength length(dim);
   const int64_t row_bytes = dim * int64_t(sizeof(Input));
-  const bool fetches = is_worth_fetching<kStream, Input>(row_bytes);
+  constexpr bool kMayAskForPlace = kAskAhead && !kStream && !kAdds && kGradInput && kDim == 0;
+  // Those of backward_short_rows().
+  constexpr bool kOneByOne = kDim != 0 && !kAskAhead && !kAdds && kGradInput && kGradScale;
+  const AskedFor asked = asked_for<kStream, kMayAskForPlace, Input>(shape);
   const int turns_dim = dim_of_turns(shape, args.input_strides);
   using Block = BackwardBlock<Input, Scale, Output>;
   constexpr bool kTwo = kMayTakeTwo<kStream, kDim, Input>;
-  const bool takes_two = kTwo && dim <= kShortRow &&
+  const bool takes_two = kTwo && dim <= kShortRow && !asked.place &&
                          shape.rows * row_bytes < kMostBytesOfTwo<Input> &&
                          (turns_dim >= 0 || !are_scattered(shape, args.input_strides));
   const int rows_ahead = (takes_two && turns_dim < 0 ? 2 : 1) * plan.block_rows;
+  const int64_t times_ahead = times_of_least_ahead(rows_ahead * row_bytes);
   Block block[kTwo ? 2 : 1];
   // The sums of a chunk of groups [first, last) join the tree when those of the next one are there:
   // what has just been stored with a mask cannot be loaded until it has left for memory.
@@ -284,9 +335,13 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
-      const int ahead = fetches || cursor.step(1) != dim ? rows_ahead : 0;
+      int64_t ahead = asked.rows || cursor.step(1) != dim ? rows_ahead : 0;
+      if constexpr (kStream) {
+        if (asked.rows && cursor.step(1) == dim) ahead *= times_ahead;
+      }
       block.grad_output_ahead = ahead * cursor.step(0);
       block.input_ahead = ahead * cursor.step(1);
+      block.grad_input_ahead = ahead * cursor.step(2);
       if constexpr (kAdds) {
         block.grad_new_residual_ahead = (sizeof(Input) > 2 ? rows_ahead : ahead) * cursor.step(3);
       }
@@ -315,6 +370,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
         }
         block.grad_output_ahead = before.grad_output_ahead;
         block.input_ahead = before.input_ahead;
+        block.grad_input_ahead = before.grad_input_ahead;
         if constexpr (kAdds) block.grad_new_residual_ahead = before.grad_new_residual_ahead;
       }
       ++group;
@@ -326,16 +382,27 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
         backward_statistics<kGradInput, kAskAhead>(length, shape.eps, block[b]);
       }
       for (int b = 0; b < blocks; ++b) {
-        const auto write = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
+        const auto write = [&](auto count, auto place) COREAI_TORCH_INLINE_LAMBDA {
           constexpr int kRows = decltype(count)::value;
-          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStores, kAskAhead>(dim, block[b]);
+          constexpr bool kAskForPlace = decltype(place)::value != 0;
+          backward_rows<kRows, kAdds, kGradInput, kGradScale, kStores, kAskAhead, kAskForPlace>(
+              dim, block[b]);
         };
-        if (block[b].rows == kBlockRows) {
-          write(Constant<kBlockRows>());
+        if constexpr (kOneByOne) {
+          if (block[b].rows == kBlockRows) {
+            backward_short_rows<kDim>(block[b]);
+            continue;
+          }
+        }
+        constexpr int kFull = kFullBlockRows<Input>;
+        if (kMayAskForPlace && asked.place && block[b].rows == kFull) {
+          write(Constant<kFull>(), Constant<kMayAskForPlace>());
+        } else if (block[b].rows == kBlockRows) {
+          write(Constant<kBlockRows>(), Constant<false>());
         } else if (sizeof(Input) > 2 && block[b].rows == kFewBlockRows) {
-          write(Constant<kFewBlockRows>());
+          write(Constant<kFewBlockRows>(), Constant<false>());
         } else {
-          write(Constant<0>());
+          write(Constant<0>(), Constant<false>());
         }
       }
     }

@@ -57,20 +57,18 @@ inline bool are_normal(float smallest_input, Quad rstd, int rows, float smallest
   return smallest >= kBound && smallest * smallest_scale >= kBound;
 }
 
-// In forward, rows of 16 bits are fetched for the first cache, and float32 ones for the second,
-// since four rows of input and output may fill the first.
-template <class T>
-constexpr Cache kForwardCache = sizeof(T) == 2 ? kFirstCache : kSecondCache;
-
-template <class T>
-inline void prefetch_to_write(const T* p) {
-  prefetch<kSecondCache, T, true>(p);
-}
+// For which cache forward asks: for the first, rows of 16 bits that come from the caches or are of
+// known length, which is short. Processors keep account of few lines that are under way to the
+// first cache, so that those from memory would keep others waiting; and four rows of float32 may
+// fill it.
+template <bool kInCaches, int kDim, class Input>
+constexpr Cache kForwardCache =
+    sizeof(Input) == 2 && (kInCaches || kDim != 0) ? kFirstCache : kSecondCache;
 
 // What is normalized: the input or, after the residual add, the sum. A sum is written when it is
 // taken, for row_sums(), and read again from the cache. Written past the caches it would not be
 // there, so where it is streamed it is taken a second time, and written then.
-template <class Input>
+template <Cache kCache, class Input>
 struct InputRows {
   const Input* input[kBlockRows];
   int64_t input_step;  // from a row to the next
@@ -88,11 +86,11 @@ struct InputRows {
     part.add_to(smallest, input[r] + i);
   }
   void prefetch_ahead(int rows, int r, int64_t i) const {
-    prefetch<kForwardCache<Input>>(input[r] + rows * input_step + i);
+    prefetch<kCache>(input[r] + rows * input_step + i);
   }
 };
 
-template <bool kStream, class Input>
+template <bool kStream, Cache kCache, class Input>
 struct SummedRows {
   const Input* input[kBlockRows];
   const Input* residual[kBlockRows];
@@ -141,8 +139,8 @@ struct SummedRows {
   // But for float32 rows that go one by one: processors foresee both addends better by themselves.
   void prefetch_ahead(int rows, int r, int64_t i) const {
     if constexpr (kStream || sizeof(Input) == 2) {
-      prefetch<kForwardCache<Input>>(input[r] + rows * input_step + i);
-      prefetch<kForwardCache<Input>>(residual[r] + rows * residual_step + i);
+      prefetch<kCache>(input[r] + rows * input_step + i);
+      prefetch<kCache>(residual[r] + rows * residual_step + i);
     }
   }
 };
@@ -280,14 +278,11 @@ inline int forward_block_rows(int64_t row_bytes) {
   return sizeof(Input) > 2 && row_bytes >= kLongRow ? 1 : kBlockRows;
 }
 
-// How many rows ahead forward asks for: those of a block, in 16 bits of two. But where rows follow
-// each other, and do not stay in the caches, at least so many bytes, since short rows are over
-// before memory has answered.
+// How many rows ahead forward asks for: those of a block, in 16 bits of two.
 template <bool kStream, bool kInCaches, class Input>
 inline int forward_rows_ahead(int64_t row_bytes) {
   return forward_block_rows<kStream, kInCaches, Input>(row_bytes) * (sizeof(Input) == 2 ? 2 : 1);
 }
-constexpr int64_t kLeastAhead = 16384;
 
 // Of what may be asked for, half is for the place of the output in float32.
 template <bool kStream, bool kInCaches, class Input, class Args>
@@ -297,6 +292,16 @@ inline bool asks_ahead(const Args& args) {
   const int64_t row_bytes = args.shape.dim * int64_t(sizeof(Input));
   const int rows = forward_rows_ahead<kStream, kInCaches, Input>(row_bytes);
   return kOperands * rows * row_bytes <= kMostAhead<kStream>;
+}
+
+// Does forward ask for the rows, if they are not streamed, and for the place of the output? Short
+// ones gain by that only where they come from memory.
+template <bool kAdds, class Input>
+inline bool is_worth_asking(const RmsNormShape& shape) {
+  constexpr int64_t kLongRow = sizeof(Input) == 2 ? 129 : 1024;  // elements
+  const int64_t bytes = shape.rows * shape.dim * int64_t(sizeof(Input));
+  if (!kAdds && shape.dim >= kLongRow && bytes >= kColdPlace<Input>) return true;
+  return (kAdds ? 2 : 1) * bytes >= kBeyondCaches;
 }
 
 // In which order rows are taken. Where groups take turns they do so block by block, or, where a
@@ -321,10 +326,11 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   auto cursor = cursor_of(args);
 
   constexpr bool kInCaches = !kStream && !kAskAhead;
+  constexpr Cache kCache = kForwardCache<kInCaches, kDim, Input>;
   const int block_rows = forward_block_rows<kStream, kInCaches, Input>(row_bytes);
   const bool asks = asks_ahead<kStream, kInCaches, Input>(args);
   const int64_t bytes_ahead = forward_rows_ahead<kStream, kInCaches, Input>(row_bytes) * row_bytes;
-  const int64_t times_ahead = bytes_ahead < kLeastAhead ? kLeastAhead / bytes_ahead : 1;
+  const int64_t times_ahead = times_of_least_ahead(bytes_ahead);
   const auto step_ahead = [&](int operand) {
     const int64_t step = asks ? cursor.step(operand) : 0;
     if constexpr (!kInCaches && !kTurns) {
@@ -338,7 +344,8 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     bool normal;  // is it known that nothing denormal is rounded?
     const Scale* scale;
     float smallest_scale;
-    typename Conditional<kAdds, SummedRows<kStreamsSum, Input>, InputRows<Input>>::type rows;
+    typename Conditional<
+        kAdds, SummedRows<kStreamsSum, kCache, Input>, InputRows<kCache, Input>>::type rows;
     Output* output[kBlockRows];
     int64_t output_step;
     Quad rstd;
@@ -519,6 +526,8 @@ COREAI_TORCH_INLINE Quad write_row_and_sum_next(
     const RowLength& length, double eps, const Input* input, const Scale* scale, Quad rstds,
     Output* output, KeptInForward<Input>& kept_of_input) {
   constexpr int64_t kAhead = kLeastAhead / int64_t(sizeof(Input));
+  // Conversions of float16 take so long that memory is not waited for.
+  constexpr Cache kCache = kSame<Input, Float16> ? kFirstCache : kSecondCache;
   const Input* const next = input + length.dim;
   const Real rstd = rstds[0];
   Vector lanes[kQuad];
@@ -527,7 +536,7 @@ COREAI_TORCH_INLINE Quad write_row_and_sum_next(
   row_sums<InOrder, 1>(
       length,
       [=](auto part, int64_t i, Pair* terms, auto& kept) COREAI_TORCH_INLINE_LAMBDA {
-        prefetch<kForwardCache<Input>>(next + kAhead + i);
+        prefetch<kCache>(next + kAhead + i);
         const Pair x = part.load_from(next + i);
         terms[0] = x * x;
         if constexpr (kPrefersNormal<Input>) part.add_to(kept.input, next + i);
@@ -577,7 +586,7 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
   };
 
   KeptInForward<Input> kept;
-  const InputRows<Input> first{{input}, 0};
+  const InputRows<kSecondCache, Input> first{{input}, 0};
   Quad rstd = forward_rstd<1, true, false, Input>(length, shape.eps, first, 0, &output, kept);
   for (int64_t row = begin; row + 1 < end; ++row) {
     set_scale_of(row);
@@ -597,17 +606,22 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
     output += dim;
   }
   set_scale_of(end - 1);
-  const InputRows<Input> last{{input}, 0};
+  const InputRows<kSecondCache, Input> last{{input}, 0};
   forward_rows<1, kStores, false, Input, PairOf<Input, Scale>>(
       dim, last, 0, scale, 0, rstd, &output, 0);
 }
 
-// Attention heads in float32 that follow each other, and share one scale. Where they fill the last
-// cache, but are not streamed, each is written as soon as it is summed, and none is asked for: in
-// blocks, asked for ahead, those of 128 took up to 1.7 times as long.
-inline bool is_for_single_rows(const RmsNormForward& args) {
-  return args.shape.groups == 1 && has_adjacent_rows(args.shape, args.input_strides) &&
-         has_adjacent_rows(args.shape, args.output_strides);
+// Attention heads in float32 that follow each other, and share one scale. Where their output is no
+// longer in the second cache, but is not streamed, each is written as soon as it is summed, and
+// none is asked for: in blocks, asked for ahead, those of 128 took up to 1.7 times as long. Shorter
+// ones gain only where they come from memory.
+template <int kDim>
+bool is_for_single_rows(const RmsNormForward& args) {
+  const RmsNormShape& shape = args.shape;
+  return shape.rows * shape.dim * int64_t(sizeof(float)) >=
+             (kDim >= 128 ? kColdPlace<float> : kBeyondCaches) &&
+         shape.groups == 1 && has_adjacent_rows(shape, args.input_strides) &&
+         has_adjacent_rows(shape, args.output_strides);
 }
 
 template <int kDim, class T>
@@ -615,7 +629,7 @@ void forward_single_rows(const RmsNormForward& args, int64_t begin, int64_t end)
   const T* const scale = (const T*)args.scale;
   Nothing nothing;
   for (int64_t row = begin; row < end; ++row) {
-    const InputRows<T> input{{(const T*)args.input + row * kDim}, 0};
+    const InputRows<kSecondCache, T> input{{(const T*)args.input + row * kDim}, 0};
     T* const output = (T*)args.output + row * kDim;
     const Quad rstd = forward_rstd<1, false, false, T>(
         kKnownLength<kDim>, args.shape.eps, input, 0, &output, nothing);
@@ -638,12 +652,6 @@ void forward_in_order(const Args& args, int64_t begin, int64_t end) {
   const bool in_turns = dim_of_turns(args.shape, args.input_strides) >= 0;
   with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
     constexpr int kDim = decltype(known_dim)::value;
-    if constexpr (kAskAhead && kDim != 0 && sizeof(Input) > 2 && kSame<Args, RmsNormForward>) {
-      if (is_for_single_rows(args)) {
-        forward_single_rows<kDim, Input>(args, begin, end);
-        return;
-      }
-    }
     if (!in_turns) {
       forward_range<Stores::kCached, false, kAskAhead, Order::kAsTheyCome, kDim, Input, Scale>(
           args, begin, end);
@@ -685,10 +693,18 @@ void forward(const Args& args, Streamed streamed, int64_t begin, int64_t end) {
         });
       }
     }
+    if constexpr (!kAdds && sizeof(Input) > 2) {
+      with_known_dim<Input, Scale>(dim, [&](auto known_dim) {
+        constexpr int kDim = decltype(known_dim)::value;
+        if constexpr (kDim != 0) {
+          if (done || !is_for_single_rows<kDim>(args)) return;
+          forward_single_rows<kDim, Input>(args, begin, end);
+          done = true;
+        }
+      });
+    }
     if (done) return;
-    const int64_t reads = kAdds ? 2 : 1;
-    const int64_t bytes = reads * args.shape.rows * dim * int64_t(sizeof(Input));
-    if (bytes >= kBeyondCaches && asks_ahead<false, false, Input>(args)) {
+    if (is_worth_asking<kAdds, Input>(args.shape) && asks_ahead<false, false, Input>(args)) {
       return forward_in_order<true, Input, Scale>(args, begin, end);
     }
   }

@@ -202,14 +202,31 @@ inline void prefetch(const T* p) {
   }
 }
 
+template <class T>
+inline void prefetch_to_write(const T* p) {
+  prefetch<kSecondCache, T, true>(p);
+}
+
 // Bytes of what is read, from which on it does not stay in the caches together with what is
 // written.
 constexpr int64_t kBeyondCaches = int64_t(12) << 20;
+
+// Bytes of an operand from which on what is written is asked for as well. The second cache does not
+// have it any more: of a training step, that place was used a whole step ago.
+template <class T>
+constexpr int64_t kColdPlace = int64_t(sizeof(T) == 2 ? 4 : 8) << 20;
 
 // Rows are asked for as long as they stay in the second cache until they are needed, beside those
 // of the current block: up to so many bytes.
 template <bool kStream>
 constexpr int64_t kMostAhead = int64_t(kStream ? 512 : 256) << 10;
+
+// But where rows follow each other, and do not stay in the caches, at least so many bytes ahead,
+// since short rows are over before memory has answered: so many times as far as bytes_ahead.
+constexpr int64_t kLeastAhead = 16384;
+inline int64_t times_of_least_ahead(int64_t bytes_ahead) {
+  return bytes_ahead < kLeastAhead ? kLeastAhead / bytes_ahead : 1;
+}
 
 }  // namespace
 }  // namespace coreai_torch
