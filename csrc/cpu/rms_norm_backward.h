@@ -201,7 +201,7 @@ struct AskedFor {
 template <bool kStream, bool kMayAskForPlace, class Input>
 inline AskedFor asked_for(const RmsNormShape& shape) {
   constexpr bool kNarrow = sizeof(Input) == 2;
-  constexpr int64_t kLongRow = kNarrow ? 129 : 256;  // elements
+  constexpr int64_t kLongRow = kNarrow ? 129 : kFewFromElements;  // elements
   constexpr int64_t kLongerRow = kNarrow || kStream ? 512 : 513;
   const int64_t row_bytes = shape.dim * int64_t(sizeof(Input));
   if (2 * kFullBlockRows<Input> * row_bytes > kMostAhead<kStream>) return {false, false};
@@ -272,7 +272,8 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
                          shape.rows * row_bytes < kMostBytesOfTwo<Input> &&
                          (turns_dim >= 0 || !are_scattered(shape, args.input_strides));
   const int rows_ahead = (takes_two && turns_dim < 0 ? 2 : 1) * plan.block_rows;
-  const int64_t times_ahead = times_of_least_ahead(rows_ahead * row_bytes);
+  const int64_t times_ahead = kStream ? times_of_least_ahead(rows_ahead * row_bytes) : 1;
+  const int64_t adjacent_ahead = asked.rows ? times_ahead * rows_ahead : 0;
   Block block[kTwo ? 2 : 1];
   // The sums of a chunk of groups [first, last) join the tree when those of the next one are there:
   // what has just been stored with a mask cannot be loaded until it has left for memory.
@@ -335,10 +336,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
           block.grad_new_residual[r] = (const Input*)args.grad_new_residual + cursor.offset(3);
         }
       }
-      int64_t ahead = asked.rows || cursor.step(1) != dim ? rows_ahead : 0;
-      if constexpr (kStream) {
-        if (asked.rows && cursor.step(1) == dim) ahead *= times_ahead;
-      }
+      const int64_t ahead = cursor.step(1) == dim ? adjacent_ahead : rows_ahead;
       block.grad_output_ahead = ahead * cursor.step(0);
       block.input_ahead = ahead * cursor.step(1);
       block.grad_input_ahead = ahead * cursor.step(2);

@@ -693,17 +693,17 @@ void forward(const Args& args, Streamed streamed, int64_t begin, int64_t end) {
         });
       }
     }
+    if (done) return;
     if constexpr (!kAdds && sizeof(Input) > 2) {
       with_known_dim<Input, Scale>(dim, [&](auto known_dim) {
         constexpr int kDim = decltype(known_dim)::value;
         if constexpr (kDim != 0) {
-          if (done || !is_for_single_rows<kDim>(args)) return;
-          forward_single_rows<kDim, Input>(args, begin, end);
-          done = true;
+          done = is_for_single_rows<kDim>(args);
+          if (done) forward_single_rows<kDim, Input>(args, begin, end);
         }
       });
+      if (done) return;
     }
-    if (done) return;
     if (is_worth_asking<kAdds, Input>(args.shape) && asks_ahead<false, false, Input>(args)) {
       return forward_in_order<true, Input, Scale>(args, begin, end);
     }
