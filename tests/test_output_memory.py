@@ -112,9 +112,14 @@ def differentiated(x, w, g):
     y = ops.rms_norm(x, w)
     return y.detach(), *torch.autograd.grad(y, (x, w), g)
 
-BYTES = {torch.float32: 9 << 20, torch.bfloat16: 5 << 20, torch.float16: 5 << 20}
-for dtype, size in BYTES.items():
-    for dim in (128, 136, 200, 256, 511, 1024, 5000):
+CASES = [
+    (torch.float32, 9 << 20, (128, 136, 200, 256, 511, 1024, 5000)),
+    (torch.float32, 13 << 20, (31, 33, 200, 511, 512, 1000)),  # but for the first, one by one
+    (torch.bfloat16, 5 << 20, (128, 136, 200, 256, 511, 1024, 5000)),
+    (torch.float16, 5 << 20, (128, 136, 200, 256, 511, 1024, 5000)),
+]
+for dtype, size, dims in CASES:
+    for dim in dims:
         rows = size // dtype.itemsize // dim + 1
         x, g = torch.randn(rows, dim).to(dtype), torch.randn(rows, dim).to(dtype)
         w = torch.randn(dim).to(dtype)

@@ -8,7 +8,10 @@ from cases import ALL_PAIRS, FLOATS, PAIRS, names
 
 from coreai_torch import ops, reference
 
-WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 31, 32, 33, 64, 65, 100, 127, 128, 500, 513, 1000, 4097)
+WIDTHS = (
+    *(1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 31, 32, 33, 64, 65, 100, 127, 128, 500),
+    *(511, 512, 513, 1000, 1024, 4097),  # sums of more than one level, from 512 on
+)
 
 
 def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -27,10 +30,11 @@ def test_same_bits_as_the_reference(pair, level):
             assert_same_bits(ops.rms_norm(x, w), reference.rms_norm(x, w))
 
 
-@pytest.mark.parametrize("dim", [8192, 11008, 16384, 65536])
-def test_same_bits_in_long_rows(dim):
-    x, w = torch.randn(3, dim), torch.randn(dim)
-    assert_same_bits(ops.rms_norm(x, w), reference.rms_norm(x, w))
+@pytest.mark.parametrize("dim", [8160, 8191, 8192, 8193, 8704, 11008, 16384, 65536])
+def test_same_bits_in_long_rows(dim, level):
+    for dtype in FLOATS:
+        x, w = torch.randn(5, dim).to(dtype), torch.randn(dim).to(dtype)
+        assert_same_bits(ops.rms_norm(x, w), reference.rms_norm(x, w))
 
 
 @pytest.mark.slow

@@ -50,8 +50,9 @@ COREAI_TORCH_INLINE void backward_statistics(
   const Scale* const scale = block.scale;
   const int rows = block.rows;
   Vector squares[kQuad], products[kQuad];
-  const auto sum = [&](auto group, int first) COREAI_TORCH_INLINE_LAMBDA {
+  const auto sum = [&](auto group, int first, auto rounds) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kRows = decltype(group)::value;
+    constexpr Rounds kRounds = Rounds(decltype(rounds)::value);
     constexpr int kSums = kGradInput ? 2 * kRows : kRows;
     const Input* input[kRows];
     const Output* grad_output[kRows];
@@ -62,7 +63,7 @@ COREAI_TORCH_INLINE void backward_statistics(
     const int64_t ahead = block.grad_output_ahead;
     Vector lanes[kSums];
     Nothing nothing;
-    row_sums<ByHalves, kSums>(
+    row_sums<ByHalves, kSums, kRounds>(
         length,
         [=](auto part, int64_t i, Pair* terms, Nothing&) COREAI_TORCH_INLINE_LAMBDA {
           Pair w;
@@ -82,11 +83,19 @@ COREAI_TORCH_INLINE void backward_statistics(
       if constexpr (kGradInput) products[first + r] = lanes[kRows + r];
     }
   };
+  constexpr Constant<int(Rounds::kAny)> kAny;
+  // Rows without whole rounds have a loop of their own, which is free of what rounds take. Levels
+  // of few registers have a function for rounds instead.
+  constexpr Constant<int(kHasManyRegisters ? Rounds::kNone : Rounds::kAny)> kShort;
   if (rows == kBlockRows && length.steps < kFewSteps) {
-    sum(Constant<2>(), 0);
-    sum(Constant<2>(), 2);
+    sum(Constant<2>(), 0, kShort);
+    sum(Constant<2>(), 2, kShort);
   } else {
-    for (int r = 0; r < rows; ++r) sum(Constant<1>(), r);
+    if (kHasManyRegisters && length.has_rounds()) {
+      for (int r = 0; r < rows; ++r) sum(Constant<1>(), r, kAny);
+    } else {
+      for (int r = 0; r < rows; ++r) sum(Constant<1>(), r, kShort);
+    }
     for (int r = rows; r < kQuad; ++r) {
       squares[r] = squares[0];
       products[r] = products[0];

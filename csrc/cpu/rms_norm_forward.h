@@ -172,16 +172,17 @@ constexpr int kAskedForEarly = 1;
 
 // 1/rms of rows [first, first + kRows), in the first kRows places. kAskAhead: asks for the place of
 // the rows, too.
-template <int kRows, bool kStream, bool kAskAhead, class Input, class Rows, class Output>
+template <
+    int kRows, bool kStream, bool kAskAhead, Rounds kRounds, class Input, class Rows, class Output>
 COREAI_TORCH_INLINE Quad forward_rstd(
     const RowLength& length, double eps, const Rows& rows, int first, Output* const* output,
     KeptInForward<Input>& kept) {
   constexpr int kGroup = kAtOnce<kRows, kStream, Input>;
   Vector lanes[kQuad];
-  Real left[kQuad][kVectorLanes] = {};
+  Real left[kQuad][kVectorLanes];
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kBegin = decltype(group)::value * kGroup;
-    row_sums<InOrder, kGroup>(
+    row_sums<InOrder, kGroup, kRounds>(
         length,
         [=, &rows](auto part, int64_t i, Pair* terms, auto& kept) COREAI_TORCH_INLINE_LAMBDA {
           unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
@@ -197,7 +198,7 @@ COREAI_TORCH_INLINE Quad forward_rstd(
         },
         lanes + kBegin, left + kBegin, kept);
   });
-  for (int r = kRows; r < kQuad; ++r) lanes[r] = lanes[0];
+  InOrder::repeat_first<kRows>(lanes, left, length.left);
   return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
 
@@ -294,13 +295,14 @@ inline bool asks_ahead(const Args& args) {
   return kOperands * rows * row_bytes <= kMostAhead<kStream>;
 }
 
-// Does forward ask for the rows, if they are not streamed, and for the place of the output? Short
-// ones gain by that only where they come from memory.
+// Does forward ask for the rows, if they are not streamed, and for the place of the output? Rows
+// of fewer elements gain by that only where they come from memory.
+template <class Input>
+constexpr int64_t kAsksForPlaceFrom = sizeof(Input) == 2 ? 129 : 1024;
 template <bool kAdds, class Input>
 inline bool is_worth_asking(const RmsNormShape& shape) {
-  constexpr int64_t kLongRow = sizeof(Input) == 2 ? 129 : 1024;  // elements
   const int64_t bytes = shape.rows * shape.dim * int64_t(sizeof(Input));
-  if (!kAdds && shape.dim >= kLongRow && bytes >= kColdPlace<Input>) return true;
+  if (!kAdds && shape.dim >= kAsksForPlaceFrom<Input> && bytes >= kColdPlace<Input>) return true;
   return (kAdds ? 2 : 1) * bytes >= kBeyondCaches;
 }
 
@@ -389,20 +391,20 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     block.rows.input_step = step_ahead(0);
     block.output_step = cursor.step(1);
     if constexpr (kAdds) block.rows.residual_step = step_ahead(2);
-    const auto take = [&](auto count) COREAI_TORCH_INLINE_LAMBDA {
-      for (int r = 0; r < count; ++r, cursor.next()) {
-        block.rows.input[r] = (const Input*)args.input + cursor.offset(0);
-        block.output[r] = (Output*)args.output + cursor.offset(1);
-        if constexpr (kAdds) {
-          block.rows.residual[r] = (const Input*)args.residual + cursor.offset(2);
-          block.rows.new_residual[r] = (Input*)args.new_residual + cursor.offset(3);
-        }
+    const auto set_row = [&](int r, int64_t steps) COREAI_TORCH_INLINE_LAMBDA {
+      const auto offset = [&](int n) { return cursor.offset(n) + steps * cursor.step(n); };
+      block.rows.input[r] = alone((const Input*)args.input + offset(0));
+      block.output[r] = alone((Output*)args.output + offset(1));
+      if constexpr (kAdds) {
+        block.rows.residual[r] = alone((const Input*)args.residual + offset(2));
+        block.rows.new_residual[r] = alone((Input*)args.new_residual + offset(3));
       }
     };
-    if (block.count == kBlockRows) {
-      take(Constant<kBlockRows>());
+    if (block.count == kBlockRows && cursor.has_in_step(kBlockRows)) {
+      unrolled<kBlockRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA { set_row(r, r); });
+      cursor.skip_in_step(kBlockRows);
     } else {
-      take(block.count);
+      for (int r = 0; r < block.count; ++r, cursor.next()) set_row(r, 0);
     }
     return true;
   };
@@ -457,13 +459,14 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const auto sum_block = [&](Block& block) {
     // As a constant it leaves out what sums of other lengths take; backward did not gain by that.
     const RowLength& length = kDim != 0 ? kKnownLength<kDim> : unknown_length;
+    constexpr Rounds kRounds = kRoundsOf<kDim>;
     KeptInForward<Input> kept;
     if (block.count == kBlockRows) {
-      block.rstd = forward_rstd<kBlockRows, kStream, kAskAhead, Input>(
+      block.rstd = forward_rstd<kBlockRows, kStream, kAskAhead, kRounds, Input>(
           length, shape.eps, block.rows, 0, block.output, kept);
     } else {
       for (int r = 0; r < block.count; ++r) {
-        block.rstd[r] = forward_rstd<1, kStream, false, Input>(
+        block.rstd[r] = forward_rstd<1, kStream, false, kRounds, Input>(
             length, shape.eps, block.rows, r, block.output, kept)[0];
       }
     }
@@ -531,7 +534,7 @@ COREAI_TORCH_INLINE Quad write_row_and_sum_next(
   const Input* const next = input + length.dim;
   const Real rstd = rstds[0];
   Vector lanes[kQuad];
-  Real left[kQuad][kVectorLanes] = {};
+  Real left[kQuad][kVectorLanes];
   KeptInOneLoop<kStores, Input, Output> kept{{}, {output}};
   row_sums<InOrder, 1>(
       length,
@@ -547,7 +550,7 @@ COREAI_TORCH_INLINE Quad write_row_and_sum_next(
       },
       lanes, left, kept);
   kept_of_input = kept.input;
-  for (int r = 1; r < kQuad; ++r) lanes[r] = lanes[0];
+  InOrder::repeat_first<1>(lanes, left, length.left);
   return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
 
@@ -587,7 +590,8 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
 
   KeptInForward<Input> kept;
   const InputRows<kSecondCache, Input> first{{input}, 0};
-  Quad rstd = forward_rstd<1, true, false, Input>(length, shape.eps, first, 0, &output, kept);
+  Quad rstd =
+      forward_rstd<1, true, false, Rounds::kAny, Input>(length, shape.eps, first, 0, &output, kept);
   for (int64_t row = begin; row + 1 < end; ++row) {
     set_scale_of(row);
     bool normal = false;
@@ -611,29 +615,35 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
       dim, last, 0, scale, 0, rstd, &output, 0);
 }
 
-// Attention heads in float32 that follow each other, and share one scale. Where their output is no
-// longer in the second cache, but is not streamed, each is written as soon as it is summed, and
-// none is asked for: in blocks, asked for ahead, those of 128 took up to 1.7 times as long. Shorter
-// ones gain only where they come from memory.
+// Rows of float32 that follow each other, and share one scale. Where they come from memory, but are
+// not streamed, each is written as soon as it is summed, and none is asked for: processors foresee
+// what is read then, and long rows alone gain by asking. The shortest are taken in blocks, whose
+// lanes are added up together. Heads of 128 gain as soon as their output comes from memory. kDim:
+// of with_known_dim().
 template <int kDim>
 bool is_for_single_rows(const RmsNormForward& args) {
+  constexpr int64_t kShortest = kDim != 0 || kHasManyRegisters ? 32 : 128;  // elements
+  constexpr int64_t kBytes = kDim == 128 ? kColdPlace<float> : kBeyondCaches;
   const RmsNormShape& shape = args.shape;
-  return shape.rows * shape.dim * int64_t(sizeof(float)) >=
-             (kDim >= 128 ? kColdPlace<float> : kBeyondCaches) &&
-         shape.groups == 1 && has_adjacent_rows(shape, args.input_strides) &&
+  return shape.dim >= kShortest && shape.dim < kAsksForPlaceFrom<float> &&
+         shape.rows * shape.dim * int64_t(sizeof(float)) >= kBytes && shape.groups == 1 &&
+         has_adjacent_rows(shape, args.input_strides) &&
          has_adjacent_rows(shape, args.output_strides);
 }
 
 template <int kDim, class T>
 void forward_single_rows(const RmsNormForward& args, int64_t begin, int64_t end) {
   const T* const scale = (const T*)args.scale;
+  const int64_t dim = kDim != 0 ? kDim : args.shape.dim;
+  const RowLength unknown_length(dim);
+  const RowLength& length = kDim != 0 ? kKnownLength<kDim> : unknown_length;
   Nothing nothing;
   for (int64_t row = begin; row < end; ++row) {
-    const InputRows<kSecondCache, T> input{{(const T*)args.input + row * kDim}, 0};
-    T* const output = (T*)args.output + row * kDim;
-    const Quad rstd = forward_rstd<1, false, false, T>(
-        kKnownLength<kDim>, args.shape.eps, input, 0, &output, nothing);
-    forward_rows<1, Stores::kCached, false, T, Pair>(kDim, input, 0, scale, 0, rstd, &output, 0);
+    const InputRows<kSecondCache, T> input{{(const T*)args.input + row * dim}, 0};
+    T* const output = (T*)args.output + row * dim;
+    const Quad rstd = forward_rstd<1, false, false, kRoundsOf<kDim>, T>(
+        length, args.shape.eps, input, 0, &output, nothing);
+    forward_rows<1, Stores::kCached, false, T, Pair>(dim, input, 0, scale, 0, rstd, &output, 0);
   }
 }
 
@@ -694,13 +704,11 @@ void forward(const Args& args, Streamed streamed, int64_t begin, int64_t end) {
       }
     }
     if (done) return;
-    if constexpr (!kAdds && sizeof(Input) > 2) {
+    if constexpr (!kAdds && sizeof(Input) > 2 && kSame<Input, Scale>) {
       with_known_dim<Input, Scale>(dim, [&](auto known_dim) {
         constexpr int kDim = decltype(known_dim)::value;
-        if constexpr (kDim != 0) {
-          done = is_for_single_rows<kDim>(args);
-          if (done) forward_single_rows<kDim, Input>(args, begin, end);
-        }
+        done = is_for_single_rows<kDim>(args);
+        if (done) forward_single_rows<kDim, Input>(args, begin, end);
       });
       if (done) return;
     }

@@ -64,6 +64,13 @@ class RowCursor {
     if (--left_ == 0) carry();
   }
 
+  // Are the next rows, so many, `step` apart from each other, and is there one after them?
+  bool has_in_step(int rows) const { return left_ > rows; }
+  void skip_in_step(int rows) {
+    for (int n = 0; n < N; ++n) offset_[n] += rows * step_[n];
+    left_ -= rows;
+  }
+
  private:
   // Of the last row dimension left_ rows are left, step_ apart; its index_ is not kept up to date.
   void start_last() {
@@ -93,6 +100,14 @@ class RowCursor {
   int64_t step_[N];
   int64_t left_;
 };
+
+// A pointer in a register of its own. GCC would put those to a block's rows together in vectors,
+// only to take them apart again.
+template <class T>
+inline T* alone(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
 
 // How results are written: by usual stores, or past the caches, in rows of whole lines or in
 // others.
@@ -191,6 +206,8 @@ void with_known_dim(int64_t dim, const Body& body) {
 // The length of with_known_dim(), as a constant; where it is not known, any.
 template <int kDim>
 constexpr RowLength kKnownLength(kDim != 0 ? kDim : 1);
+template <int kDim>
+constexpr Rounds kRoundsOf = kDim == 0 ? Rounds::kAny : Rounds::kNone;
 
 // Asks for the cache lines of a Pair of elements, for the first or for the second cache, or to
 // write them.

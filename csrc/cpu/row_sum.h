@@ -53,6 +53,7 @@ constexpr int kAccumulators = 4;
 constexpr int kStepLanes = kAccumulators * kVectorLanes;
 constexpr int kStepPairs = kStepLanes / Pair::kLanes;
 constexpr int kCascadeLevels = 4;
+constexpr bool kHasManyRegisters = kStepPairs == 1;
 
 // How much of a Pair there is at the end of a row.
 struct Whole {
@@ -170,6 +171,16 @@ struct InOrder {
     *lanes = sum;
   }
 
+  // Where there are fewer than four rows: the others, for `finish`.
+  template <int kRows>
+  COREAI_TORCH_INLINE static void repeat_first(
+      Vector* lanes, Real (*left)[kVectorLanes], int64_t left_count) {
+    for (int r = kRows; r < kQuad; ++r) {
+      lanes[r] = lanes[0];
+      for (int64_t i = 0; i < left_count; ++i) left[r][i] = left[0][i];
+    }
+  }
+
   // The totals of four rows, with left_count elements of each in `left`.
   COREAI_TORCH_INLINE static Quad finish(
       const Vector* lanes, const Real (*left)[kVectorLanes], int64_t left_count) {
@@ -217,16 +228,20 @@ struct RowLength {
         steps(dim / kStepLanes),
         left(dim % kVectorLanes),
         power(cascade_power(steps)),
+        round(int64_t(1) << power),
         is_power_of_two((dim & (dim - 1)) == 0),
         inverse(1 / Real(dim)) {}
 
   // A multiplication has the same bits where it is exact, and takes less time.
   Quad mean(Quad sums) const { return is_power_of_two ? sums * inverse : sums / Real(dim); }
 
+  bool has_rounds() const { return steps >= round; }
+
   int64_t dim;
   int64_t steps;
-  int64_t left;  // elements after the last whole Vector
-  int power;     // of two: steps between two carries
+  int64_t left;   // elements after the last whole Vector
+  int power;      // of two: steps between two carries
+  int64_t round;  // these steps
   bool is_power_of_two;
   Real inverse;
 };
@@ -236,6 +251,14 @@ template <int N>
 struct LaneSums {
   Pair of[N][kStepPairs];
 };
+
+template <int N>
+COREAI_TORCH_INLINE void add_to(LaneSums<N>& sums, const LaneSums<N>& terms) {
+  unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
+    unrolled<kStepPairs>(
+        [&](auto p) COREAI_TORCH_INLINE_LAMBDA { sums.of[q][p] = terms.of[q][p] + sums.of[q][p]; });
+  });
+}
 
 // What terms() may keep of the elements besides their sums: nothing, or an object that is handed to
 // it and that stays in registers along the way.
@@ -262,14 +285,30 @@ COREAI_TORCH_INLINE LaneSums<N> sum_steps(
   return sum;
 }
 
-// Sums over all steps of a row of more than one round, written to `result`.
+// Sums over all steps of a row that needs the lowest two levels of the cascade, which stay in
+// registers: a level in memory would wait for what the row before is still storing.
+template <int N, class Terms, class Kept>
+COREAI_TORCH_INLINE LaneSums<N> sum_two_levels(
+    const RowLength& length, const Terms& terms, Kept& kept) {
+  LaneSums<N> sum, carried;
+  int64_t step = 0;
+  while (true) {
+    const bool is_round = step + length.round <= length.steps;
+    sum = sum_steps<N>(terms, step, is_round ? step + length.round : length.steps, kept);
+    if (step != 0) add_to(sum, carried);
+    if (!is_round) return sum;
+    carried = sum;
+    step += length.round;
+  }
+}
+
+// The same with all levels, in memory. The sums are written to `result`.
 template <int N, class Terms, class Kept>
 __attribute__((noinline)) void sum_rounds(
     const Terms& terms_outside, const RowLength& length, Real (*result)[kStepLanes], Kept& kept) {
   // What terms() captured, in registers: read from memory in the loop, it would be taken for what
   // is being written, wherever the last 12 bits of an address are the same.
   const Terms terms = terms_outside;
-  const int64_t round = int64_t(1) << length.power;
   alignas(64) Real carried[kCascadeLevels - 1][N][kStepLanes];
   bool filled[kCascadeLevels - 1] = {};
   const auto add_level = [&](int level, LaneSums<N>& sum) {
@@ -290,12 +329,12 @@ __attribute__((noinline)) void sum_rounds(
     filled[level] = true;
   };
   int64_t step = 0;
-  while (step + round <= length.steps) {
-    LaneSums<N> sum = sum_steps<N>(terms, step, step + round, kept);
-    step += round;
+  while (step + length.round <= length.steps) {
+    LaneSums<N> sum = sum_steps<N>(terms, step, step + length.round, kept);
+    step += length.round;
     carry_to(0, sum);
     for (int level = 1; level < kCascadeLevels - 1; ++level) {
-      if (step & ((round - 1) << (level * length.power))) break;
+      if (step & ((length.round - 1) << (level * length.power))) break;
       carry_to(level, sum);
       filled[level - 1] = false;
     }
@@ -307,22 +346,27 @@ __attribute__((noinline)) void sum_rounds(
   write(result, sum);
 }
 
+// May a row have whole rounds of steps? That none has leaves out what they take.
+enum class Rounds { kNone, kAny };
+
 // Sums N quantities over a row at once, up to their lanes. terms(part, i, out, kept) sets out[0..N)
 // to the terms of the elements from i on. `left` is for InOrder only, see there.
-template <class Order, int N, class Terms, class Kept>
+template <class Order, int N, Rounds kRounds = Rounds::kAny, class Terms, class Kept>
 COREAI_TORCH_INLINE void row_sums(
     const RowLength& length, const Terms& terms, Vector* lanes, Real (*left)[kVectorLanes],
     Kept& kept) {
   LaneSums<N> sum;
-  if (length.steps < int64_t(1) << length.power) {
+  if (kRounds == Rounds::kNone || (!kHasManyRegisters && !length.has_rounds())) {
     sum = sum_steps<N>(terms, 0, length.steps, kept);
+  } else if (kHasManyRegisters && length.steps < length.round * length.round) {
+    sum = sum_two_levels<N>(length, terms, kept);
   } else {
-    alignas(64) Real rounds[N][kStepLanes];
-    const Terms copy = terms;  // so that the other branch has no address to respect
-    sum_rounds<N>(copy, length, rounds, kept);
+    alignas(64) Real all_steps[N][kStepLanes];
+    const Terms copy = terms;  // so that the other branches have no address to respect
+    sum_rounds<N>(copy, length, all_steps, kept);
     unrolled<N>([&](auto q) COREAI_TORCH_INLINE_LAMBDA {
       unrolled<kStepPairs>([&](auto p) COREAI_TORCH_INLINE_LAMBDA {
-        sum.of[q][p] = load(&rounds[q][p * Pair::kLanes]);
+        sum.of[q][p] = load(&all_steps[q][p * Pair::kLanes]);
       });
     });
   }
