@@ -285,8 +285,8 @@ COREAI_TORCH_INLINE LaneSums<N> sum_steps(
   return sum;
 }
 
-// Sums over all steps of a row that needs the lowest two levels of the cascade, which stay in
-// registers: a level in memory would wait for what the row before is still storing.
+// Sums over all steps of a row that needs no more than the lowest two levels of the cascade. They
+// stay in registers: a level in memory would wait for what the row before is still storing.
 template <int N, class Terms, class Kept>
 COREAI_TORCH_INLINE LaneSums<N> sum_two_levels(
     const RowLength& length, const Terms& terms, Kept& kept) {
