@@ -172,8 +172,7 @@ constexpr int kAskedForEarly = 1;
 
 // 1/rms of rows [first, first + kRows), in the first kRows places. kAskAhead: asks for the place of
 // the rows, too.
-template <
-    int kRows, bool kStream, bool kAskAhead, Rounds kRounds, class Input, class Rows, class Output>
+template <int kRows, bool kStream, bool kAskAhead, class Input, class Rows, class Output>
 COREAI_TORCH_INLINE Quad forward_rstd(
     const RowLength& length, double eps, const Rows& rows, int first, Output* const* output,
     KeptInForward<Input>& kept) {
@@ -182,7 +181,7 @@ COREAI_TORCH_INLINE Quad forward_rstd(
   Real left[kQuad][kVectorLanes];
   unrolled<kRows / kGroup>([&](auto group) COREAI_TORCH_INLINE_LAMBDA {
     constexpr int kBegin = decltype(group)::value * kGroup;
-    row_sums<InOrder, kGroup, kRounds>(
+    row_sums<InOrder, kGroup>(
         length,
         [=, &rows](auto part, int64_t i, Pair* terms, auto& kept) COREAI_TORCH_INLINE_LAMBDA {
           unrolled<kGroup>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
@@ -381,6 +380,15 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
       run_scale += run % shape.groups * dim;
     }
   };
+  // Where row r of a block is in operand n: offset(n) elements after its beginning.
+  const auto set_row = [&](Block& block, int r, const auto& offset) COREAI_TORCH_INLINE_LAMBDA {
+    block.rows.input[r] = alone((const Input*)args.input + offset(0));
+    block.output[r] = alone((Output*)args.output + offset(1));
+    if constexpr (kAdds) {
+      block.rows.residual[r] = alone((const Input*)args.residual + offset(2));
+      block.rows.new_residual[r] = alone((Input*)args.new_residual + offset(3));
+    }
+  };
   // A block whose group has the first turn. False: there are no rows left.
   const auto take_rows = [&](Block& block) {
     if (unit == end) return false;
@@ -391,20 +399,15 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     block.rows.input_step = step_ahead(0);
     block.output_step = cursor.step(1);
     if constexpr (kAdds) block.rows.residual_step = step_ahead(2);
-    const auto set_row = [&](int r, int64_t steps) COREAI_TORCH_INLINE_LAMBDA {
-      const auto offset = [&](int n) { return cursor.offset(n) + steps * cursor.step(n); };
-      block.rows.input[r] = alone((const Input*)args.input + offset(0));
-      block.output[r] = alone((Output*)args.output + offset(1));
-      if constexpr (kAdds) {
-        block.rows.residual[r] = alone((const Input*)args.residual + offset(2));
-        block.rows.new_residual[r] = alone((Input*)args.new_residual + offset(3));
-      }
-    };
     if (block.count == kBlockRows && cursor.has_in_step(kBlockRows)) {
-      unrolled<kBlockRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA { set_row(r, r); });
+      unrolled<kBlockRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
+        set_row(block, r, [&](int n) { return cursor.offset(n) + r * cursor.step(n); });
+      });
       cursor.skip_in_step(kBlockRows);
     } else {
-      for (int r = 0; r < block.count; ++r, cursor.next()) set_row(r, 0);
+      for (int r = 0; r < block.count; ++r, cursor.next()) {
+        set_row(block, r, [&](int n) { return cursor.offset(n); });
+      }
     }
     return true;
   };
@@ -426,15 +429,8 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
     block.output_step = cursor.stride(1, turns_dim);
     if constexpr (kAdds) block.rows.residual_step = cursor.stride(2, turns_dim);
     for (int r = 0; r < kBlockRows; ++r, ++turn) {
-      const auto offset = [&](int n) {
-        return cursor.offset(n) + turn * cursor.stride(n, turns_dim);
-      };
-      block.rows.input[r] = (const Input*)args.input + offset(0);
-      block.output[r] = (Output*)args.output + offset(1);
-      if constexpr (kAdds) {
-        block.rows.residual[r] = (const Input*)args.residual + offset(2);
-        block.rows.new_residual[r] = (Input*)args.new_residual + offset(3);
-      }
+      set_row(
+          block, r, [&](int n) { return cursor.offset(n) + turn * cursor.stride(n, turns_dim); });
     }
     return true;
   };
@@ -459,14 +455,13 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   const auto sum_block = [&](Block& block) {
     // As a constant it leaves out what sums of other lengths take; backward did not gain by that.
     const RowLength& length = kDim != 0 ? kKnownLength<kDim> : unknown_length;
-    constexpr Rounds kRounds = kRoundsOf<kDim>;
     KeptInForward<Input> kept;
     if (block.count == kBlockRows) {
-      block.rstd = forward_rstd<kBlockRows, kStream, kAskAhead, kRounds, Input>(
+      block.rstd = forward_rstd<kBlockRows, kStream, kAskAhead, Input>(
           length, shape.eps, block.rows, 0, block.output, kept);
     } else {
       for (int r = 0; r < block.count; ++r) {
-        block.rstd[r] = forward_rstd<1, kStream, false, kRounds, Input>(
+        block.rstd[r] = forward_rstd<1, kStream, false, Input>(
             length, shape.eps, block.rows, r, block.output, kept)[0];
       }
     }
@@ -590,8 +585,7 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
 
   KeptInForward<Input> kept;
   const InputRows<kSecondCache, Input> first{{input}, 0};
-  Quad rstd =
-      forward_rstd<1, true, false, Rounds::kAny, Input>(length, shape.eps, first, 0, &output, kept);
+  Quad rstd = forward_rstd<1, true, false, Input>(length, shape.eps, first, 0, &output, kept);
   for (int64_t row = begin; row + 1 < end; ++row) {
     set_scale_of(row);
     bool normal = false;
@@ -622,7 +616,8 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
 // of with_known_dim().
 template <int kDim>
 bool is_for_single_rows(const RmsNormForward& args) {
-  constexpr int64_t kShortest = kDim != 0 || kHasManyRegisters ? 32 : 128;  // elements
+  // In elements. Ends of rows that are not whole Pairs take AVX2 long.
+  constexpr int64_t kShortest = kDim != 0 || kHasManyRegisters ? 32 : 128;
   constexpr int64_t kBytes = kDim == 128 ? kColdPlace<float> : kBeyondCaches;
   const RmsNormShape& shape = args.shape;
   return shape.dim >= kShortest && shape.dim < kAsksForPlaceFrom<float> &&
@@ -641,8 +636,8 @@ void forward_single_rows(const RmsNormForward& args, int64_t begin, int64_t end)
   for (int64_t row = begin; row < end; ++row) {
     const InputRows<kSecondCache, T> input{{(const T*)args.input + row * dim}, 0};
     T* const output = (T*)args.output + row * dim;
-    const Quad rstd = forward_rstd<1, false, false, kRoundsOf<kDim>, T>(
-        length, args.shape.eps, input, 0, &output, nothing);
+    const Quad rstd =
+        forward_rstd<1, false, false, T>(length, args.shape.eps, input, 0, &output, nothing);
     forward_rows<1, Stores::kCached, false, T, Pair>(dim, input, 0, scale, 0, rstd, &output, 0);
   }
 }

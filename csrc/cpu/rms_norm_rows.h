@@ -206,8 +206,6 @@ void with_known_dim(int64_t dim, const Body& body) {
 // The length of with_known_dim(), as a constant; where it is not known, any.
 template <int kDim>
 constexpr RowLength kKnownLength(kDim != 0 ? kDim : 1);
-template <int kDim>
-constexpr Rounds kRoundsOf = kDim == 0 ? Rounds::kAny : Rounds::kNone;
 
 // Asks for the cache lines of a Pair of elements, for the first or for the second cache, or to
 // write them.

@@ -53,6 +53,7 @@ constexpr int kAccumulators = 4;
 constexpr int kStepLanes = kAccumulators * kVectorLanes;
 constexpr int kStepPairs = kStepLanes / Pair::kLanes;
 constexpr int kCascadeLevels = 4;
+// AVX-512 has room for a second level of the cascade beside what a loop over a row needs.
 constexpr bool kHasManyRegisters = kStepPairs == 1;
 
 // How much of a Pair there is at the end of a row.
