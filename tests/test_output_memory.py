@@ -61,27 +61,31 @@ for dtype, rows in ((F32, 500), (F32, 1700), (BF16, 1000), (BF16, 3400), (F16, 3
                 del output, new_residual, whole
 """
 
-# Rows of all lengths that have their own way to be streamed, each head with its own scale.
+# Rows of all lengths that have their own way to be streamed, each head with its own scale, or all
+# with one.
 LENGTHS_PROGRAM = """
 import torch
 from coreai_torch import ops
 from coreai_torch.backends import cpu
 
 PART = 800_000  # elements
+
+def in_parts(x, w):
+    return torch.cat([ops.rms_norm(part, w) for part in x.split(PART // x.shape[-1] or 1)])
+
 ELEMENTS = {torch.float32: 7 << 20, torch.bfloat16: 13 << 20, torch.float16: 13 << 20}
 for dtype, elements in ELEMENTS.items():
-    for dim in (64, 80, 528, 1001, 1024, 4095, 5120, 8208, 8224):
+    for dim in (64, 80, 528, 1001, 1024, 4095, 4101, 5120, 8208, 8224, 2_000_000):
         x = torch.randn(3, elements // 3 // dim + 1, dim).to(dtype)
         w = torch.randn(3, 1, dim).to(dtype)
         x[:, ::97, 3] = 1e-38
         for level in cpu.supported_levels():
             with cpu.level(level):
-                heads = [
-                    torch.cat([ops.rms_norm(part, scale) for part in head.split(PART // dim)])
-                    for head, scale in zip(x, w[:, 0])
-                ]
+                heads = [in_parts(head, scale) for head, scale in zip(x, w[:, 0])]
+                shared = in_parts(x.flatten(0, 1), w[0, 0]).view(x.shape)
                 for _ in range(2):
                     assert torch.equal(ops.rms_norm(x, w), torch.stack(heads)), (level, dtype, dim)
+                    assert torch.equal(ops.rms_norm(x, w[0, 0]), shared), (level, dtype, dim)
 """
 
 # Attention heads in float32 that fill the last cache, contiguous and transposed.

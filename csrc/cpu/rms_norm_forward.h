@@ -1,6 +1,7 @@
 // Forward of RMSNorm, and of the residual add and RMSNorm. `forward` is the kernel.
 #pragma once
 
+#include "cpu/caches.h"
 #include "cpu/rms_norm_rows.h"
 #include "cpu/streamed.h"
 
@@ -511,41 +512,48 @@ void forward_range(const Args& args, int64_t begin, int64_t end) {
   }
 }
 
-// What stays in registers along the two rows of write_row_and_sum_next().
-template <Stores kStores, class Input, class Output>
+// What stays in registers along the rows of write_rows_and_sum_next().
+template <int kRows, Stores kStores, class Input, class Output>
 struct KeptInOneLoop {
-  KeptInForward<Input> input;  // of the row that is summed
-  RowWriter<kStores, Output> output;
+  KeptInForward<Input> input;  // of the rows that are summed
+  RowWriter<kStores, Output> output[kRows];
 };
 
-// Writes a row that is streamed, and takes 1/rms of the next one, which follows it in memory.
-template <class Values, Stores kStores, class Input, class Scale, class Output>
-COREAI_TORCH_INLINE Quad write_row_and_sum_next(
+// Writes rows that are streamed, and takes 1/rms of as many next ones, which follow in memory.
+template <int kRows, class Values, Stores kStores, class Input, class Scale, class Output>
+COREAI_TORCH_INLINE Quad write_rows_and_sum_next(
     const RowLength& length, double eps, const Input* input, const Scale* scale, Quad rstds,
     Output* output, KeptInForward<Input>& kept_of_input) {
-  constexpr int64_t kAhead = kLeastAhead / int64_t(sizeof(Input));
+  constexpr int64_t kAhead = (kRows == 1 ? kLeastAhead : kPageAhead) / int64_t(sizeof(Input));
   // Conversions of float16 take so long that memory is not waited for.
   constexpr Cache kCache = kSame<Input, Float16> ? kFirstCache : kSecondCache;
-  const Input* const next = input + length.dim;
-  const Real rstd = rstds[0];
+  const int64_t dim = length.dim;
+  const Input* const next = input + kRows * dim;
   Vector lanes[kQuad];
   Real left[kQuad][kVectorLanes];
-  KeptInOneLoop<kStores, Input, Output> kept{{}, {output}};
-  row_sums<InOrder, 1>(
+  KeptInOneLoop<kRows, kStores, Input, Output> kept;
+  Pair rstd[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    rstd[r] = splat(rstds[r]);
+    kept.output[r] = {output + r * dim};
+  }
+  row_sums<InOrder, kRows>(
       length,
       [=](auto part, int64_t i, Pair* terms, auto& kept) COREAI_TORCH_INLINE_LAMBDA {
-        prefetch<kCache>(next + kAhead + i);
-        const Pair x = part.load_from(next + i);
-        terms[0] = x * x;
-        if constexpr (kPrefersNormal<Input>) part.add_to(kept.input, next + i);
         const auto w = factors<Input>(part, scale + i);
-        const auto result =
-            scaled<Input, Scale, Values>(part.load_from(input + i) * splat(rstd), w);
-        kept.output.write(part, i, result);
+        unrolled<kRows>([&](auto r) COREAI_TORCH_INLINE_LAMBDA {
+          const int64_t at = r * dim + i;
+          prefetch<kCache>(next + at + kAhead);
+          const Pair x = part.load_from(next + at);
+          terms[r] = x * x;
+          if constexpr (kPrefersNormal<Input>) part.add_to(kept.input, next + at);
+          const auto result = scaled<Input, Scale, Values>(part.load_from(input + at) * rstd[r], w);
+          kept.output[r].write(part, i, result);
+        });
       },
       lanes, left, kept);
   kept_of_input = kept.input;
-  InOrder::repeat_first<1>(lanes, left, length.left);
+  InOrder::repeat_first<kRows>(lanes, left, length.left);
   return rstd_of(InOrder::finish(lanes, left, length.left), length, eps);
 }
 
@@ -555,17 +563,26 @@ COREAI_TORCH_INLINE Quad write_row_and_sum_next(
 // the scale, but not for the next row, too.
 template <class Input>
 inline bool is_for_one_loop(int64_t row_bytes) {
-  constexpr int64_t kRoomForThree = 8192, kRoomForTwo = 24576;
+  constexpr int64_t kRoomForThree = 8192;
   if (sizeof(Input) == 2) return kStreamsOneByOne && row_bytes >= 8192;
   constexpr int64_t kShortest = kStreamsOneByOne ? 2048 : 8192;
-  return row_bytes >= kShortest && (row_bytes <= kRoomForThree || row_bytes > kRoomForTwo);
+  return row_bytes >= kShortest &&
+         (row_bytes <= kRoomForThree || 2 * row_bytes >= first_cache_bytes());
 }
 
-// Forward of such rows, which are contiguous. While one is written the next one is summed, so that
-// memory is written and read at the same time. What an iteration leaves to the next one stays in
-// registers: read from memory, it would wait for all that is being streamed, wherever it is read in
-// other pieces than it was written.
-template <Stores kStores, class Input, class Scale>
+// Do they go in pairs then? Where rows and the scale come from the second cache, as they all do for
+// a small first one, that saves reading the scale for every second row. The larger first cache that
+// was measured loses by it, and so do 16-bit rows.
+inline bool is_for_pairs(int64_t row_bytes) {
+  constexpr int64_t kShortest = 16384, kSmallCache = 32768;
+  return row_bytes >= kShortest && first_cache_bytes() <= kSmallCache;
+}
+
+// Forward of such rows, which are contiguous. While kRows are written the next ones are summed, so
+// that memory is written and read at the same time. What an iteration leaves to the next one stays
+// in registers: read from memory, it would wait for all that is being streamed, wherever it is read
+// in other pieces than it was written. Rows share one scale, if they are not taken one by one.
+template <int kRows, Stores kStores, class Input, class Scale>
 void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end) {
   using Output = typename DTypeRule<Input, Scale>::Output;
   const RmsNormShape& shape = args.shape;
@@ -582,31 +599,50 @@ void forward_in_one_loop(const RmsNormForward& args, int64_t begin, int64_t end)
     scale = row_scale;
     if constexpr (kPrefersNormal<Input>) smallest_scale = smallest_of(scale, dim);
   };
-
   KeptInForward<Input> kept;
-  const InputRows<kSecondCache, Input> first{{input}, 0};
-  Quad rstd = forward_rstd<1, true, false, Input>(length, shape.eps, first, 0, &output, kept);
-  for (int64_t row = begin; row + 1 < end; ++row) {
-    set_scale_of(row);
-    bool normal = false;
-    if constexpr (kPrefersNormal<Input>) {
-      normal = are_normal(kept.value(), rstd, 1, smallest_scale);
-      if (normal) {
-        rstd = write_row_and_sum_next<Normal, kStores>(
-            length, shape.eps, input, scale, rstd, output, kept);
-      }
-    }
-    if (!normal) {
-      rstd = write_row_and_sum_next<PairOf<Input, Scale>, kStores>(
-          length, shape.eps, input, scale, rstd, output, kept);
-    }
+  const auto rstd_of_row = [&](int64_t r) {
+    const InputRows<kSecondCache, Input> row{{input + r * dim}, 0};
+    return forward_rstd<1, true, false, Input>(length, shape.eps, row, 0, &output, kept)[0];
+  };
+  const auto write_row = [&](Real rstd) {
+    const InputRows<kSecondCache, Input> row{{input}, 0};
+    forward_rows<1, kStores, false, Input, PairOf<Input, Scale>>(
+        dim, row, 0, scale, 0, Quad{rstd}, &output, 0);
     input += dim;
     output += dim;
+  };
+
+  int64_t row = begin;
+  if (end - row >= kRows) {
+    Quad rstd = {};
+    for (int r = 0; r < kRows; ++r) rstd[r] = rstd_of_row(r);
+    for (; row + 2 * kRows <= end; row += kRows) {
+      set_scale_of(row);
+      bool normal = false;
+      if constexpr (kPrefersNormal<Input>) {
+        normal = are_normal(kept.value(), rstd, kRows, smallest_scale);
+        if (normal) {
+          rstd = write_rows_and_sum_next<kRows, Normal, kStores>(
+              length, shape.eps, input, scale, rstd, output, kept);
+        }
+      }
+      if (!normal) {
+        rstd = write_rows_and_sum_next<kRows, PairOf<Input, Scale>, kStores>(
+            length, shape.eps, input, scale, rstd, output, kept);
+      }
+      input += kRows * dim;
+      output += kRows * dim;
+    }
+    set_scale_of(row);
+    for (int r = 0; r < kRows; ++r) write_row(rstd[r]);
+    row += kRows;
   }
-  set_scale_of(end - 1);
-  const InputRows<kSecondCache, Input> last{{input}, 0};
-  forward_rows<1, kStores, false, Input, PairOf<Input, Scale>>(
-      dim, last, 0, scale, 0, rstd, &output, 0);
+  if constexpr (kRows > 1) {
+    for (; row < end; ++row) {
+      set_scale_of(row);
+      write_row(rstd_of_row(0));
+    }
+  }
 }
 
 // Rows of float32 that follow each other, and share one scale. Where they come from memory, but are
@@ -645,8 +681,14 @@ void forward_single_rows(const RmsNormForward& args, int64_t begin, int64_t end)
 template <Stores kStores, class Input, class Scale, class Args>
 void forward_streamed(const Args& args, int64_t begin, int64_t end) {
   if constexpr (kSame<Args, RmsNormForward>) {
-    if (is_for_one_loop<Input>(args.shape.dim * int64_t(sizeof(Input)))) {
-      return forward_in_one_loop<kStores, Input, Scale>(args, begin, end);
+    const int64_t row_bytes = args.shape.dim * int64_t(sizeof(Input));
+    if constexpr (sizeof(Input) > 2 && kSame<Input, Scale>) {
+      if (is_for_pairs(row_bytes) && args.shape.groups == 1) {
+        return forward_in_one_loop<2, kStores, Input, Scale>(args, begin, end);
+      }
+    }
+    if (is_for_one_loop<Input>(row_bytes)) {
+      return forward_in_one_loop<1, kStores, Input, Scale>(args, begin, end);
     }
   }
   forward_range<kStores, true, false, Order::kAsTheyCome, 0, Input, Scale>(args, begin, end);
