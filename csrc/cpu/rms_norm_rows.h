@@ -239,8 +239,6 @@ constexpr int64_t kMostAhead = int64_t(kStream ? 512 : 256) << 10;
 // But where rows follow each other, and do not stay in the caches, at least so many bytes ahead,
 // since short rows are over before memory has answered: so many times as far as bytes_ahead.
 constexpr int64_t kLeastAhead = 16384;
-// Each of two long rows that are read side by side; farther ahead was slower.
-constexpr int64_t kPageAhead = 4096;
 inline int64_t times_of_least_ahead(int64_t bytes_ahead) {
   return bytes_ahead < kLeastAhead ? kLeastAhead / bytes_ahead : 1;
 }
