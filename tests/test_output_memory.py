@@ -141,6 +141,40 @@ for dtype, size, dims in CASES:
         torch.testing.assert_close(dw.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3)
 """
 
+# Backward of float32 rows that are taken in turn, in the caches, beyond them and past them, and of
+# the same rows with gaps between them, which are not.
+IN_TURN_PROGRAM = """
+import torch
+from coreai_torch.backends import cpu
+
+ops = torch.ops.coreai_torch
+BACKWARD = {3: ops.fused_rms_norm_backward, 4: ops.fused_add_rms_norm_backward}
+
+def with_gaps(x):
+    wide = torch.empty(len(x), x.shape[1] + 8)
+    return wide[:, :-8].copy_(x)
+
+CACHES = (1001, 256), (703, 384), (1, 300)
+BEYOND = (51_002, 31), (17_001, 100), (16_003, 128)
+PAST = (66_003, 64), (52_801, 80), (17_001, 256), (12_001, 384)
+for rows, dim in (*CACHES, *BEYOND, *PAST):
+    operands = [torch.randn(rows, dim) for _ in range(3)]
+    for w in torch.randn(dim), torch.randn(dim).bfloat16():
+        for n, backward in BACKWARD.items():
+            x = operands[: n - 1]
+            bits = set()
+            for level in cpu.supported_levels():
+                with cpu.level(level):
+                    expected = backward(*map(with_gaps, x), w, 1e-5, [True, True])
+                    for _ in range(2):
+                        given = backward(*x, w, 1e-5, [True, True])
+                        assert torch.equal(given[0], expected[0]), (level, rows, dim, n)
+                        assert torch.equal(given[1], expected[1]), (level, rows, dim, n)
+                    bits.add(given[1].view(torch.uint8).numpy().tobytes())
+                    del given, expected
+            assert len(bits) == 1, (rows, dim, n)
+"""
+
 MEMORY = {
     "kept": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592",
     "fresh": "glibc.malloc.mmap_threshold=65536",  # given back to the system at once
@@ -153,6 +187,7 @@ PROGRAMS = {
     "lengths": LENGTHS_PROGRAM,
     "heads": HEADS_PROGRAM,
     "between": BETWEEN_PROGRAM,
+    "in turn": IN_TURN_PROGRAM,
 }
 
 

@@ -39,12 +39,19 @@ struct BackwardBlock {
 template <class Input>
 constexpr int kFullBlockRows = sizeof(Input) == 2 ? kBlockRows : kFewBlockRows;
 
-// Rows of so few steps are summed two by two, since they share what they read of the scale. Longer
-// ones are summed one by one, which prefetchers follow.
+// Rows that are summed two by two share what they read of the scale. It pays for rows of so few
+// steps, and again for long ones, of so many elements, where that is not 0; those between are
+// summed one by one, which prefetchers follow. 16-bit rows need registers for it, and conversions
+// or memory that are waited for.
 constexpr int64_t kFewSteps = 4;
+template <bool kStream, class Input>
+constexpr bool kNarrowInPairs = kHasManyRegisters && (kStream || kSame<Input, Float16>);
+template <bool kStream, class Input>
+constexpr int64_t kLongInPairs =
+    sizeof(Input) > 2 ? 2048 : (kNarrowInPairs<kStream, Input> ? 512 : 0);
 
 // Fills rstd and mean_dot of a block's rows.
-template <bool kGradInput, bool kAskAhead, class Input, class Scale, class Output>
+template <bool kGradInput, bool kStream, bool kAskAhead, class Input, class Scale, class Output>
 COREAI_TORCH_INLINE void backward_statistics(
     const RowLength& length, double eps, BackwardBlock<Input, Scale, Output>& block) {
   const Scale* const scale = block.scale;
@@ -91,7 +98,11 @@ COREAI_TORCH_INLINE void backward_statistics(
     sum(Constant<2>(), 0, kShort);
     sum(Constant<2>(), 2, kShort);
   } else {
-    if (kHasManyRegisters && length.has_rounds()) {
+    constexpr int64_t kLong = kLongInPairs<kStream, Input>;
+    if (kLong != 0 && length.dim >= kLong && rows == kFullBlockRows<Input>) {
+      unrolled<kFullBlockRows<Input> / 2>(
+          [&](auto r) COREAI_TORCH_INLINE_LAMBDA { sum(Constant<2>(), 2 * r, kAny); });
+    } else if (kHasManyRegisters && length.has_rounds()) {
       for (int r = 0; r < rows; ++r) sum(Constant<1>(), r, kAny);
     } else {
       for (int r = 0; r < rows; ++r) sum(Constant<1>(), r, kShort);
@@ -250,6 +261,111 @@ inline void add_to_tree(Real* sums, int64_t dim, int64_t from, int64_t chunk) {
   sums[first * stride + dim] = Real(count);
 }
 
+// Rows of up to so many elements can be taken in turn.
+constexpr int64_t kMostInTurn = 384;
+
+// Should the rows of all operands be taken in turn, each summed and written before the next one is
+// touched? Prefetchers foresee that where rows follow each other, and it takes few instructions. It
+// pays for float32 rows that come from memory; for all but the shortest in the caches, too, but not
+// where these would ask for their place.
+template <bool kStream, class Input, class Args>
+bool goes_in_turn(const Args& args) {
+  const RmsNormShape& shape = args.shape;
+  bool are_adjacent = has_adjacent_rows(shape, args.grad_output_strides) &&
+                      has_adjacent_rows(shape, args.input_strides) &&
+                      has_adjacent_rows(shape, args.grad_input_strides);
+  if constexpr (kSame<Args, AddRmsNormBackward>) {
+    are_adjacent = are_adjacent && has_adjacent_rows(shape, args.grad_new_residual_strides);
+  }
+  const int64_t bytes = shape.rows * shape.dim * int64_t(sizeof(Input));
+  const bool pays = kStream || (shape.dim < kFewFromElements ? bytes >= kMostBytesOfTwo<Input>
+                                                             : bytes < kColdPlace<Input>);
+  return are_adjacent && shape.groups == 1 && shape.dim <= kMostInTurn && pays;
+}
+
+// Rows [begin, end) of that kind, which are a chunk. The sums of grad_scale over a block of them
+// stay in the first cache.
+template <Stores kStores, class Input, class Scale, class Args>
+inline void backward_chunk_in_turn(
+    const Args& args, const RowLength& length, int64_t begin, int64_t end, int block_rows,
+    Real* grad_scale) {
+  constexpr bool kAdds = kSame<Args, AddRmsNormBackward>;
+  constexpr Rounds kShort = kHasManyRegisters ? Rounds::kNone : Rounds::kAny;
+  using Output = typename DTypeRule<Input, Scale>::Output;
+  const int64_t dim = length.dim;
+  const Scale* const scale = (const Scale*)args.scale;
+  Real sums[kMostInTurn];
+  int in_block = 0;
+  bool is_first_block = true;
+  for (int64_t row = begin; row < end; ++row) {
+    const Output* const grad_output = (const Output*)args.grad_output + row * dim;
+    const Input* const input = (const Input*)args.input + row * dim;
+    Vector lanes[2];
+    Nothing nothing;
+    row_sums<ByHalves, 2, kShort>(
+        length,
+        [=](auto part, int64_t i, Pair* terms, Nothing&) COREAI_TORCH_INLINE_LAMBDA {
+          const Pair x = part.load_from(input + i);
+          terms[0] = x * x;
+          terms[1] = part.load_from(grad_output + i) * part.load_from(scale + i) * x;
+        },
+        lanes, nullptr, nothing);
+    const Real row_rstd = rstd_of(ByHalves::finish(lanes[0]), length, args.shape.eps);
+    const Pair rstd = splat(row_rstd);
+    const Pair mean_dot = splat(length.mean(ByHalves::finish(lanes[1]) * row_rstd));
+    const Input* grad_new_residual = nullptr;
+    if constexpr (kAdds) grad_new_residual = (const Input*)args.grad_new_residual + row * dim;
+    RowWriter<kStores, Input> writer{(Input*)args.grad_input + row * dim};
+    const auto write = [&](auto is_first, auto is_last) COREAI_TORCH_INLINE_LAMBDA {
+      for_each_pair(0, dim, [&](auto part, int64_t i) COREAI_TORCH_INLINE_LAMBDA {
+        const Pair normalized = part.load_from(input + i) * rstd;
+        const Pair grad = part.load_from(grad_output + i);
+        const Pair w = part.load_from(scale + i);
+        Pair grad_input = (grad * w - normalized * mean_dot) * rstd;
+        if constexpr (kAdds) grad_input = grad_input + part.load_from(grad_new_residual + i);
+        Pair sum = grad * normalized;
+        if constexpr (!decltype(is_first)::value) sum = load(sums + i) + sum;
+        if constexpr (!decltype(is_last)::value) {
+          store(sums + i, sum);
+        } else {
+          if (!is_first_block) sum = part.load_from(grad_scale + i) + sum;
+          part.store_to(grad_scale + i, sum);
+        }
+        writer.write(part, i, PairOf<Input, Scale>{grad_input});
+      });
+    };
+    constexpr Constant<true> kYes;
+    constexpr Constant<false> kNo;
+    const bool is_last = in_block + 1 == block_rows || row + 1 == end;  // of the block
+    if (in_block == 0) {
+      is_last ? write(kYes, kYes) : write(kYes, kNo);
+    } else {
+      is_last ? write(kNo, kYes) : write(kNo, kNo);
+    }
+    ++in_block;
+    if (is_last) {
+      in_block = 0;
+      is_first_block = false;
+    }
+  }
+}
+
+template <Stores kStores, class Input, class Scale, class Args>
+void backward_in_turn(const Args& args, int64_t begin, int64_t end) {
+  const RmsNormShape& shape = args.shape;
+  const BackwardPlan plan = backward_plan(shape);
+  const RowLength length(shape.dim);
+  Real* const sums = (Real*)args.workspace;
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * plan.chunk_rows;
+    const int64_t last =
+        first + plan.chunk_rows < shape.rows ? first + plan.chunk_rows : shape.rows;
+    backward_chunk_in_turn<kStores, Input, Scale>(
+        args, length, first, last, plan.block_rows, sums + chunk * workspace_stride(shape.dim));
+    add_to_tree(sums, shape.dim, begin, chunk);
+  }
+}
+
 inline bool are_scattered(const RmsNormShape& shape, const int64_t* input_strides) {
   return shape.row_ndim > 0 && input_strides[shape.row_ndim - 1] != shape.dim;
 }
@@ -386,7 +502,7 @@ void backward_tasks(const Args& args, int64_t begin, int64_t end) {
     for (int blocks = 1; take_next(block[blocks - 1], block[0]);) {
       blocks = takes_two && take_next(block[0], block[1]) ? 2 : 1;
       for (int b = 0; b < blocks; ++b) {
-        backward_statistics<kGradInput, kAskAhead>(length, shape.eps, block[b]);
+        backward_statistics<kGradInput, kStream, kAskAhead>(length, shape.eps, block[b]);
       }
       for (int b = 0; b < blocks; ++b) {
         const auto write = [&](auto count, auto place) COREAI_TORCH_INLINE_LAMBDA {
@@ -436,10 +552,23 @@ void backward(const Args& args, Streamed streamed, int64_t begin, int64_t end) {
         streamed == Streamed::kAll &&
         with_streams<Input, kStreamsRowsOf<Input, Scale>>(args.shape.dim, [&](auto stores) {
           constexpr Stores kStores = decltype(stores)::value;
-          backward_tasks<true, true, kStores, true, 0, Input, Scale>(args, begin, end);
+          bool in_turn = false;
+          if constexpr (kStores == Stores::kStreamed && sizeof(Input) > 2) {
+            in_turn = goes_in_turn<true, Input>(args);
+            if (in_turn) backward_in_turn<kStores, Input, Scale>(args, begin, end);
+          }
+          if (!in_turn) {
+            backward_tasks<true, true, kStores, true, 0, Input, Scale>(args, begin, end);
+          }
           stream_end((const Input*)args.grad_input);
         });
     if (done) return;
+  }
+  if constexpr (sizeof(Input) > 2) {
+    if (goes_in_turn<false, Input>(args)) {
+      backward_in_turn<Stores::kCached, Input, Scale>(args, begin, end);
+      return;
+    }
   }
   with_known_dim<Input, Scale>(args.shape.dim, [&](auto known_dim) {
     constexpr int kDim = decltype(known_dim)::value;

@@ -176,16 +176,16 @@ bool with_streams(int64_t dim, const Body& body) {
   return false;
 }
 
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
 inline Quad rstd_of(Quad sums_of_squares, const RowLength& length, double eps) {
   Quad root = length.mean(sums_of_squares) + Real(eps);
-  for (int r = 0; r < kQuad; ++r) {
-    if constexpr (sizeof(Real) == sizeof(float)) {
-      root[r] = __builtin_sqrtf(root[r]);
-    } else {
-      root[r] = __builtin_sqrt(root[r]);
-    }
-  }
+  for (int r = 0; r < kQuad; ++r) root[r] = square_root(root[r]);
   return 1 / root;
+}
+inline Real rstd_of(Real sum_of_squares, const RowLength& length, double eps) {
+  return 1 / square_root(length.mean(sum_of_squares) + Real(eps));
 }
 
 // Rows that share a scale row are taken in blocks of so many, or fewer.

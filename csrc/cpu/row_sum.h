@@ -220,6 +220,13 @@ struct ByHalves {
     transpose(rows, columns);
     return (columns[0] + columns[2]) + (columns[1] + columns[3]);
   }
+
+  // The total of one row.
+  static Real finish(Vector lanes) {
+    Quad sum = quarter<0>(lanes);
+    if constexpr (kVectorLanes > kQuad) sum += quarter<1>(lanes);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+  }
 };
 
 // What the sums of a row depend on besides its elements.
@@ -234,7 +241,10 @@ struct RowLength {
         inverse(1 / Real(dim)) {}
 
   // A multiplication has the same bits where it is exact, and takes less time.
-  Quad mean(Quad sums) const { return is_power_of_two ? sums * inverse : sums / Real(dim); }
+  template <class Sums>
+  Sums mean(Sums sums) const {
+    return is_power_of_two ? sums * inverse : sums / Real(dim);
+  }
 
   bool has_rounds() const { return steps >= round; }
 
